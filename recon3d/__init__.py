@@ -1,0 +1,20 @@
+"""Whole CT, MRI and PET volumes from few, noisy or incomplete measurements, with 2D diffusion priors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "reconstruct"]
+
+if TYPE_CHECKING:
+    from recon3d.api import reconstruct
+
+
+def __getattr__(name: str) -> Any:
+    # torch and the loop are imported when first used, so that the command line answers at once
+    if name == "reconstruct":
+        from recon3d.api import reconstruct
+
+        return reconstruct
+    raise AttributeError(f"module 'recon3d' has no attribute {name!r}")
