@@ -36,7 +36,7 @@ class PlatformWheel(bdist_wheel):
         self.root_is_pure = False
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]   # no Python symbol in the library
+        return "py3", "none", super().get_tag()[2]  # no Python symbol in the library
 
 
 setup(cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel})

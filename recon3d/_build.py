@@ -22,7 +22,15 @@ CUDA_ARCHITECTURES = ("80", "90")
 # torch 2.11: oldest release whose stable ABI has everything bind_*.cpp uses
 _TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 # -fno-math-errno: otherwise sqrt keeps loops from vectorising; contraction stays on so that clones use fma
-_CXX_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+_CXX_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+)
 _NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v")
 
 

@@ -27,7 +27,9 @@ def _dot(a: Tensor, b: Tensor) -> complex | float:
     return torch.vdot(a.to(wide).flatten(), b.to(wide).flatten()).item()
 
 
-def adjoint_gap(forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> float:
+def adjoint_gap(
+    forward: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
+) -> float:
     """|<A x, y> - <x, A* y>| / (|A x| |y|) with the inner products in float64."""
     ax, aty = forward(x), adjoint(y)
     norm = ax.to(torch.complex128).norm().item() * y.to(torch.complex128).norm().item()

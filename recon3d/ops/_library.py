@@ -43,9 +43,7 @@ def define(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"recon3d::{name}", fake, lib=_LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(
-            f"recon3d::{name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"recon3d::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
     OPS[name] = schema
 
 
@@ -78,7 +76,11 @@ def backends() -> dict[str, dict[str, bool]]:
     ensure()
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {
-        name: {"reference": True, "cpu": has(f"recon3d::{name}", "CPU"), "cuda": has(f"recon3d::{name}", "CUDA")}
+        name: {
+            "reference": True,
+            "cpu": has(f"recon3d::{name}", "CPU"),
+            "cuda": has(f"recon3d::{name}", "CUDA"),
+        }
         for name in sorted(OPS)
     }
 

@@ -6,6 +6,8 @@ depend on its neighbours, and the whole-volume value is the ordered sum of the s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def _reference(x: Tensor, y: Tensor) -> Tensor:
     return product.reshape(x.shape[0], -1, _CHUNK).sum(2).cumsum(1)[:, -1]
 
 
-def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     x, y = ctx.saved_tensors
     g = grad.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)
     return g * y, g * x
