@@ -1,1 +1,8 @@
-"""recon3d.operators"""
+"""Scanner models: linear operators with exact adjoints, their noise, and simulated measurements."""
+
+from recon3d.operators.base import LinearOperator, Space
+from recon3d.operators.ct import CTOperator
+from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise
+from recon3d.operators.simulate import simulate_ct
+
+__all__ = ["CTOperator", "GaussianNoise", "LinearOperator", "NoiseModel", "PoissonNoise", "Space", "simulate_ct"]

@@ -1,0 +1,84 @@
+"""Noise models: how measurements scatter around A x, as weights for least squares and as a simulator."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class NoiseModel(Protocol):
+    """What solvers and simulators ask of a noise model."""
+
+    def weights(self, y: Tensor) -> Tensor:
+        """Inverse variances 1/var(y), broadcastable to y."""
+        ...
+
+    def simulate(self, clean: Tensor, seed: int) -> Tensor:
+        """A noisy measurement of the noise-free one; the same seed gives the same noise."""
+        ...
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """Independent Gaussian noise of one standard deviation.
+
+    Attributes:
+        sigma: standard deviation in the measurement's unit.
+
+    Raises:
+        ValueError: sigma is not positive and finite.
+    """
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sigma) and self.sigma > 0):
+            raise ValueError(f"GaussianNoise: sigma needs a positive number, got {self.sigma}")
+
+    def weights(self, y: Tensor) -> Tensor:
+        """1/sigma^2, one value for all."""
+        return torch.full((1,) * y.ndim, self.sigma**-2, dtype=y.dtype, device=y.device)
+
+    def simulate(self, clean: Tensor, seed: int) -> Tensor:
+        """clean + sigma z."""
+        z = _generator(seed).standard_normal(tuple(clean.shape))
+        return clean + self.sigma * torch.from_numpy(z).to(clean)
+
+
+@dataclass(frozen=True)
+class PoissonNoise:
+    """Photon counting followed by the logarithm: y = -log(N / photons), N ~ Poisson(photons exp(-A x)).
+
+    The variance of y is close to 1/N, hence pre-log weights photons exp(-y) (Sauer and Bouman, IEEE TSP 41 (1993) 534).
+
+    Attributes:
+        photons: mean count per detector cell without an object.
+
+    Raises:
+        ValueError: photons is not positive and finite.
+    """
+
+    photons: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.photons) and self.photons > 0):
+            raise ValueError(f"PoissonNoise: photons needs a positive count, got {self.photons}")
+
+    def weights(self, y: Tensor) -> Tensor:
+        """photons exp(-y): the expected count of each ray, which is 1/var(y)."""
+        return torch.exp(-y).mul_(self.photons)
+
+    def simulate(self, clean: Tensor, seed: int) -> Tensor:
+        """Draw counts and take the logarithm; a ray without a count is given half a one."""
+        rate = self.photons * np.exp(-clean.detach().cpu().double().numpy())
+        counts = np.maximum(_generator(seed).poisson(rate), 0.5)
+        return torch.from_numpy(-np.log(counts / self.photons)).to(clean)
+
+
+def _generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed))
