@@ -1,0 +1,318 @@
+"""Rules that every timing obeys: correctness first, rivals in the same run, both clocks, every row kept.
+
+An op's module has `run(quick, device) -> list[Row]` and builds its rows with :func:`compare`:
+
+* the gates (error against the truth, adjoint gap) are judged before a clock starts; one that fails refuses;
+* ours and every rival are timed in turn, round after round, so that a busy machine is busy for all of them;
+  a figure is the median over rounds, of the wall clock and of the process's CPU time (all threads), the
+  latter being the one to trust on a shared machine;
+* on a GPU the clock is a pair of CUDA events around one call, and the L2 cache is overwritten before each.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import datetime
+import functools
+import gc
+import math
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Thunk = Callable[[], object]
+
+
+class Refused(RuntimeError):
+    """A gate failed, so there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A figure of correctness and the largest value at which a timing means something."""
+
+    what: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit  # false for NaN
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; ratio > 1: ours is faster. Times are medians in ms, errors whatever the gate names."""
+
+    op: str
+    case: str
+    direction: str
+    ours_ms: float
+    ours_cpu_ms: float
+    rival: str
+    rival_ms: float
+    rival_cpu_ms: float
+    ratio: float  # wall clock
+    cpu_ratio: float
+    ours_error: float
+    rival_error: float
+    peak_mb: float  # memory one call adds at its peak
+    rival_peak_mb: float  # the same, plus what the rival keeps resident (a matrix, a grid)
+    copy_fraction: float = math.nan  # share of the measured copy bandwidth; GPU only
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians over rounds of one call, in ms."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+def compare(
+    op: str,
+    case: str,
+    direction: str,
+    ours: Thunk,
+    rivals: Mapping[str, Thunk],
+    *,
+    gates: Sequence[Gate],
+    errors: Mapping[str, float] | None = None,
+    resident_mb: Mapping[str, float] | None = None,
+    bytes_moved: float | None = None,
+    rounds: int = 7,
+    device: str = "cpu",
+) -> list[Row]:
+    """Judge the gates, then time ours and the rivals in turn.
+
+    Args:
+        op: name of the op, also of its results file.
+        case: sizes in physical words, such as "parallel 512² x 360 views x 16 slices".
+        direction: "forward", "adjoint", "update", ...
+        ours: one call of our op.
+        rivals: name -> one call doing the same work. A rival that is not at hand is left out by the caller.
+        gates: at least one; the first one's value is printed as our error.
+        errors: rival name -> its value of the first gate's figure.
+        resident_mb: rival name (or "ours") -> memory it keeps between calls.
+        bytes_moved: compulsory memory traffic of one call; gives the share of the copy bandwidth on a GPU.
+        rounds: how often everybody has a turn.
+        device: "cpu" or "cuda".
+
+    Raises:
+        Refused: a gate failed.
+    """
+    if not gates:
+        raise ValueError(f"{op}: a timing needs at least one gate")
+    failed = [f"{g.what} is {g.value:.3e}, limit {g.limit:.3e}" for g in gates if not g.passed]
+    if failed:
+        raise Refused(f"{op}, {case}, {direction}: not timed, {'; '.join(failed)}")
+    thunks = {"ours": ours, **rivals}
+    peaks = {k: peak_mb(f, device) + (resident_mb or {}).get(k, 0.0) for k, f in thunks.items()}
+    times = interleave(thunks, rounds=rounds, device=device)
+    mine = times["ours"]
+    share = math.nan
+    if bytes_moved and device == "cuda":
+        share = bytes_moved / (mine.wall_ms * 1e-3) / copy_bandwidth()
+    return [
+        Row(
+            op=op, case=case, direction=direction, device=device,
+            ours_ms=mine.wall_ms, ours_cpu_ms=mine.cpu_ms,
+            rival=k, rival_ms=times[k].wall_ms, rival_cpu_ms=times[k].cpu_ms,
+            ratio=times[k].wall_ms / mine.wall_ms, cpu_ratio=times[k].cpu_ms / mine.cpu_ms,
+            ours_error=gates[0].value, rival_error=(errors or {}).get(k, math.nan),
+            peak_mb=peaks["ours"], rival_peak_mb=peaks[k], copy_fraction=share,
+        )
+        for k in rivals
+    ]  # fmt: skip
+
+
+def interleave(
+    thunks: Mapping[str, Thunk], rounds: int = 7, device: str = "cpu", least_s: float = 0.02
+) -> dict[str, Timing]:
+    """Time every thunk once per round, in turn; the first, untimed round warms caches and compilers.
+
+    A turn repeats a call until `least_s` has passed, so that clocks and wake-ups of threads do not show. A
+    slow thunk (more than 3 s a call) stops after three turns.
+    """
+    sample = _cuda_sample if device == "cuda" else _cpu_sample
+    samples: dict[str, list[Timing]] = {k: [] for k in thunks}
+    for f in thunks.values():
+        f()
+    for turn in range(rounds):
+        for k, f in thunks.items():
+            if turn >= 3 and samples[k][0].wall_ms > 3000:
+                continue
+            samples[k].append(sample(f, least_s))
+    return {
+        k: Timing(statistics.median(s.wall_ms for s in v), statistics.median(s.cpu_ms for s in v))
+        for k, v in samples.items()
+    }
+
+
+def _cpu_sample(f: Thunk, least_s: float) -> Timing:
+    calls, wall, cpu = 0, time.perf_counter(), time.process_time()
+    while calls == 0 or time.perf_counter() - wall < least_s:
+        f()
+        calls += 1
+    return Timing((time.perf_counter() - wall) * 1e3 / calls, (time.process_time() - cpu) * 1e3 / calls)
+
+
+def _cuda_sample(f: Thunk, least_s: float) -> Timing:
+    walls: list[float] = []
+    cpu = time.process_time()
+    while sum(walls) < least_s * 1e3 and len(walls) < 50:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        _flush().zero_()
+        start.record()
+        f()
+        stop.record()
+        torch.cuda.synchronize()
+        walls.append(start.elapsed_time(stop))
+    return Timing(statistics.median(walls), (time.process_time() - cpu) * 1e3 / len(walls))
+
+
+@functools.cache
+def _flush() -> torch.Tensor:
+    # larger than any L2 to date (50 MB on H100 and H200, 126 MB on B200)
+    return torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """Bytes read plus written per second by a device-to-device copy of 1 GiB, best of 20."""
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    best = min(_cuda_sample(lambda: target.copy_(source), 1e-9).wall_ms for _ in range(20))
+    return 2 * source.numel() * 4 / (best * 1e-3)
+
+
+def peak_mb(f: Thunk, device: str = "cpu") -> float:
+    """Memory one call adds at its peak, in MB (resident set on Linux, allocator on CUDA, NaN elsewhere)."""
+    f()  # what a library allocates once and keeps does not count as a call's
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = _status_mb("VmRSS")
+        f()
+        return max(0.0, _status_mb("VmHWM") - before)
+    except (OSError, AttributeError):
+        return math.nan
+
+
+def _status_mb(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) / 1024
+    return math.nan
+
+
+def relative_error(got: torch.Tensor, truth: torch.Tensor) -> float:
+    """|got - truth| / |truth| in float64."""
+    want = truth.detach().double().cpu()
+    return float((got.detach().double().cpu() - want).norm() / want.norm())
+
+
+def machine(device: str = "cpu") -> str:
+    """Processor (or GPU) in words, with its number of threads."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> str:
+    """recon3d's dependencies that matter to a timing, and the rivals at hand."""
+    found = [f"python {platform.python_version()}"]
+    for name in ("torch", "triton", "numpy", "astra-toolbox", "scikit-image"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return " ".join(found)
+
+
+def commit() -> str:
+    """Short hash of the checkout, "+" where it has uncommitted changes, "unknown" outside git."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def record(rows: Sequence[Row], folder: Path = RESULTS) -> None:
+    """Append the rows to folder/<op>.csv with date, machine, load, versions and commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for op in {row.op for row in rows}:
+        path = folder / f"{op}.csv"
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            stamp = ["date", "machine", "load", "versions", "commit"]
+            writer = csv.DictWriter(file, stamp + [f.name for f in fields(Row)])
+            if new:
+                writer.writeheader()
+            for row in (r for r in rows if r.op == op):
+                values = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in asdict(row).items()}
+                writer.writerow(
+                    {
+                        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
+                        "machine": machine(row.device),
+                        "load": f"{os.getloadavg()[0]:.1f}",
+                        "versions": versions(),
+                        "commit": commit(),
+                        **values,
+                    }
+                )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text, one line per rival."""
+    head = ["case", "direction", "ours ms", "cpu ms", "rival", "rival ms", "cpu ms", "ratio", "cpu ratio",
+            "our error", "its error", "MB", "its MB", "of copy"]  # fmt: skip
+    body = [
+        [r.case, r.direction, _n(r.ours_ms), _n(r.ours_cpu_ms), r.rival, _n(r.rival_ms), _n(r.rival_cpu_ms),
+         f"{r.ratio:.1f}x", f"{r.cpu_ratio:.1f}x", f"{r.ours_error:.2e}", f"{r.rival_error:.2e}",
+         f"{r.peak_mb:.0f}", f"{r.rival_peak_mb:.0f}",
+         "" if math.isnan(r.copy_fraction) else f"{r.copy_fraction:.0%}"]
+        for r in rows
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    words = {0, 1, 4}
+
+    def cell(i: int, text: str) -> str:
+        return text.ljust(widths[i]) if i in words else text.rjust(widths[i])
+
+    return "\n".join("  ".join(cell(i, text) for i, text in enumerate(line)) for line in [head, *body])
+
+
+def _n(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
