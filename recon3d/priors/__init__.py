@@ -1,1 +1,59 @@
-"""recon3d.priors"""
+"""Priors: what slices look like. A prior denoises canonical states u = x0 + sigma * eps in user units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from recon3d.priors.base import ModelCard, Prior, check_plane
+
+if TYPE_CHECKING:
+    import torch
+
+    from recon3d.priors.network_prior import NetworkPrior
+
+__all__ = ["ModelCard", "Prior", "check_plane", "load_prior", "packaged_priors"]
+
+
+def load_prior(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> NetworkPrior:
+    """A trained prior, ready to denoise.
+
+    Args:
+        name_or_path: a packaged prior ("ct") or a folder with card.json and model.safetensors.
+        device: where it runs.
+        precision: "auto" is bfloat16 where the device computes with it natively, else float32.
+
+    Raises:
+        BadInput: there is no such prior, or its files are damaged.
+    """
+    from recon3d.priors.checkpoints import build_unet, read_folder
+    from recon3d.priors.network_prior import NetworkPrior
+
+    folder = find_prior(name_or_path)
+    card, state = read_folder(folder)
+    return NetworkPrior(build_unet(card, state, folder), card, device, precision)
+
+
+def packaged_priors() -> tuple[str, ...]:
+    """Names of the priors that come with recon3d."""
+    return tuple(sorted(p.parent.name for p in _PACKAGED.glob("*/card.json")))
+
+
+def find_prior(name_or_path: str | Path) -> Path:
+    """The folder of a prior given by packaged name or path; nothing is read yet."""
+    if str(name_or_path) in packaged_priors():
+        return _PACKAGED / str(name_or_path)
+    path = Path(name_or_path)
+    if not path.is_dir():
+        from recon3d.io import BadInput
+
+        names = ", ".join(packaged_priors()) or "none"
+        raise BadInput(path, "no such prior", f"give a folder or a packaged name ({names})")
+    return path
+
+
+_PACKAGED = Path(__file__).parent / "packaged"

@@ -1,0 +1,101 @@
+"""What a prior is to the rest of recon3d, and the card that says what it was made from.
+
+A prior denoises canonical states: u = x0 + sigma * eps in USER units (1/mm for CT). It alone knows its
+network's units, related by  network value = (user value - offset) / scale,  so network sigma = sigma / scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+__all__ = ["ModelCard", "Prior", "check_plane"]
+
+Plane = Literal["axial", "coronal", "sagittal", "any"]
+
+
+class ModelCard(BaseModel):
+    """What a prior was trained on, its scale and its weights' digest (JSON beside the weights)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal["recon3d-prior/1"] = "recon3d-prior/1"
+    name: str
+    statement: str = Field("", description="what the prior is good for, and what it is not")
+    plane: Plane = "any"
+    spacing_mm: tuple[float, float] | None = Field(None, description="trained in-plane spacings, [low, high]")
+    offset: float = Field(0.0, description="user units; network value = (user value - offset) / scale")
+    scale: float = Field(1.0, gt=0, description="user units per network unit")
+    unit: str = Field("a.u.", description="the user unit")
+    value_range: tuple[float, float] | None = Field(None, description="trained user values, [low, high]")
+    channels: int = Field(1, ge=1)
+    path: Literal["edm", "ve", "vp", "exact"] = "edm"
+    sigma_range: tuple[float, float] | None = Field(None, description="trained noise levels, network units")
+    sigma_data: float | None = Field(None, gt=0, description="network units")
+    architecture: dict[str, Any] = Field(default_factory=dict, description="family and configuration")
+    parameters: int | None = Field(None, ge=0)
+    training_data: tuple[str, ...] = ()
+    attribution: tuple[str, ...] = Field((), description="sources and licences of the training data")
+    licence: str = ""
+    training: dict[str, Any] = Field(default_factory=dict, description="steps, images, minutes and the like")
+    validation: dict[str, Any] = Field(default_factory=dict, description="figures on unseen data")
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of model.safetensors")
+
+    @model_validator(mode="after")
+    def _sound(self) -> ModelCard:
+        for name in ("spacing_mm", "value_range", "sigma_range"):
+            pair = getattr(self, name)
+            if pair is not None and not (all(map(math.isfinite, pair)) and pair[0] <= pair[1]):
+                raise ValueError(f"{name} must be finite [low, high] with low <= high, got {list(pair)}")
+        if not (math.isfinite(self.offset) and math.isfinite(self.scale)):
+            raise ValueError(f"offset and scale must be finite, got {self.offset} and {self.scale}")
+        return self
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """A denoiser of slices. Implementations are safe to call from several threads at once."""
+
+    card: ModelCard
+    offset: float
+    scale: float
+
+    def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
+        """E[x0 | x0 + sigma eps = u] for u [batch, channel, row, col] in user units, shaped as u."""
+        ...
+
+
+def check_plane(card: ModelCard, plane: str, spacing_mm: float | Sequence[float]) -> str | None:
+    """One sentence on what does not fit between a prior and the slices it is to see, or None.
+
+    Args:
+        card: the prior's card.
+        plane: plane of the slices, "axial", "coronal" or "sagittal".
+        spacing_mm: in-plane pixel spacing, one number or (row, col).
+
+    >>> card = ModelCard(name="ct", plane="axial", spacing_mm=(0.8, 2.2))
+    >>> check_plane(card, "axial", (1.1, 1.1))
+    >>> print(check_plane(card, "axial", 5.0))
+    prior 'ct' was trained on pixels of 0.8 to 2.2 mm, got 5 mm; use a grid in that range or another prior
+    """
+    if card.plane not in ("any", plane):
+        return (
+            f"prior {card.name!r} was trained on {card.plane} slices, got {plane} ones; "
+            f"use {card.plane} planes or a prior trained on {plane} slices"
+        )
+    if card.spacing_mm is None:
+        return None
+    pair = (spacing_mm,) if isinstance(spacing_mm, (int, float)) else tuple(spacing_mm)
+    low, high = card.spacing_mm
+    # a few per cent beyond the range is nothing a network notices
+    if min(pair) < 0.95 * low or max(pair) > 1.05 * high:
+        shown = " x ".join(f"{s:g}" for s in dict.fromkeys(pair))
+        return (
+            f"prior {card.name!r} was trained on pixels of {low:g} to {high:g} mm, got {shown} mm; "
+            f"use a grid in that range or another prior"
+        )
+    return None

@@ -1,0 +1,142 @@
+"""A trained network as a prior: range transform, padding, number format, and nothing else.
+
+The network works on  x_net = (u - offset) / scale  at  sigma_net = sigma / scale  and on sides that are
+multiples of its stride. The adapter maps there and back, pads by reflection and crops, and runs the
+convolutions in bfloat16 where the device is fast at it. On a CPU slices go through one at a time, so a
+slice's result never depends on its batch.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from recon3d.priors.base import ModelCard
+from recon3d.priors.networks import UNet
+
+__all__ = ["NetworkPrior", "check_sigma", "compute_dtype"]
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class NetworkPrior:
+    """An EDM-preconditioned U-Net with its card. Calls may come from several threads at once.
+
+    Args:
+        net: the raw network; it is frozen and put into evaluation mode. card: offset, scale, sigma_data and
+        the rest. device: where it runs. precision: "auto" is bfloat16 where the device computes with it
+        natively, else float32. differentiable: record gradients with respect to u (needed by
+        gradient-through-the-prior methods only).
+    """
+
+    def __init__(
+        self,
+        net: UNet,
+        card: ModelCard,
+        device: str | torch.device = "cpu",
+        precision: Precision = "auto",
+        differentiable: bool = False,
+    ) -> None:
+        if card.sigma_data is None:
+            raise ValueError(f"NetworkPrior: card of {card.name!r} must give sigma_data, got none")
+        self.card = card
+        self.offset = card.offset
+        self.scale = card.scale
+        self.device = torch.device(device)
+        self.dtype = compute_dtype(self.device, precision)
+        self.differentiable = differentiable
+        self._sigma_data = card.sigma_data
+        self._net = net.to(self.device).for_inference(self.dtype)
+
+    def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
+        """E[x0 | x0 + sigma eps = u].
+
+        Args:
+            u: state, [batch, channel, row, col] float32 or float64 in user units.
+            sigma: noise level in user units, positive.
+            cond: not taken; this prior is unconditional.
+
+        Returns:
+            The denoised slices with the shape and dtype of u.
+
+        Raises:
+            ValueError: u has other axes, channels or another device, sigma is not positive, or cond is given.
+        """
+        if cond is not None:
+            raise ValueError(f"denoise: prior {self.card.name!r} takes no condition; leave cond out")
+        if u.ndim != 4 or u.shape[1] != self.card.channels:
+            raise ValueError(
+                f"denoise: u must be [batch, {self.card.channels}, row, col] for prior {self.card.name!r}, "
+                f"got {tuple(u.shape)}"
+            )
+        if u.device != self.device:
+            raise ValueError(
+                f"denoise: u is on {u.device}, prior {self.card.name!r} on {self.device}; move one"
+            )
+        level = float(sigma) / self.scale
+        if not (math.isfinite(level) and level > 0):
+            raise ValueError(f"denoise: sigma must be positive and finite, got {sigma}")
+        if u.numel() == 0:
+            return u.clone()
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            x = (u.float() - self.offset) / self.scale
+            # one at a time on a CPU: how a convolution rounds may follow the batch size
+            parts = [x[i : i + 1] for i in range(len(x))] if self.device.type == "cpu" else [x]
+            d = torch.cat([self._network(part, level) for part in parts])
+            return (d * self.scale + self.offset).to(u.dtype)
+
+    def _network(self, x: Tensor, sigma: float) -> Tensor:
+        h, w = x.shape[-2:]
+        m = self._net.config.multiple
+        dh, dw = -h % m, -w % m
+        # the coefficients of recon3d.priors.networks.edm, in double precision
+        d = self._sigma_data
+        norm = 1 / math.hypot(sigma, d)
+        y = x * norm
+        if dh or dw:
+            mode = "reflect" if dh < h and dw < w else "replicate"
+            y = F.pad(y, (0, dw, 0, dh), mode=mode)
+        c_noise = torch.full((x.shape[0],), math.log(sigma) / 4, dtype=torch.float32, device=x.device)
+        out: Tensor = self._net(y.contiguous(memory_format=torch.channels_last), c_noise)
+        return (d * norm) ** 2 * x + sigma * d * norm * out[..., :h, :w]
+
+
+def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
+    """The number format of the convolutions on a device."""
+    if precision == "float32":
+        return torch.float32
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if precision != "auto":
+        raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+    if device.type == "cuda":
+        # emulated below compute capability 8.0
+        fast = torch.cuda.get_device_capability(device)[0] >= 8
+    elif device.type == "cpu":
+        fast = bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def check_sigma(card: ModelCard, sigma_max: float, sigma_min: float | None = None) -> str | None:
+    """One sentence when noise levels (network units) leave what the prior was trained on, or None.
+
+    >>> print(check_sigma(ModelCard(name="ct", sigma_range=(0.003, 4.0)), 10.0))
+    prior 'ct' was trained on noise levels 0.003 to 4, got 10; start from a level in that range
+    """
+    if card.sigma_range is None:
+        return None
+    low, high = card.sigma_range
+    for sigma in (sigma_max, sigma_min):
+        if sigma is not None and not low * (1 - 1e-6) <= sigma <= high * (1 + 1e-6):
+            verb = "start from" if sigma > high else "stop at"
+            return (
+                f"prior {card.name!r} was trained on noise levels {low:g} to {high:g}, got {sigma:g}; "
+                f"{verb} a level in that range"
+            )
+    return None

@@ -1,0 +1,151 @@
+"""What a training run is told: data, network, noise, optimiser, budget. Units are in the field names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from recon3d.priors.networks import UNetConfig
+
+__all__ = ["CropConfig", "DataConfig", "SourceConfig", "TrainConfig"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceConfig(_Strict):
+    """NIfTI volumes that share a sampling weight."""
+
+    path: str = Field(description="file or glob of .nii / .nii.gz volumes, relative to DataConfig.root")
+    weight: float = Field(
+        1.0, gt=0, description="share of the crops drawn from this source, before normalisation"
+    )
+    max_block_z: int = Field(
+        1, ge=1, le=8, description="up to so many neighbouring slices are averaged (thicker slices)"
+    )
+    attribution: str = Field("", description="source and licence, copied to the model card")
+
+
+class CropConfig(_Strict):
+    """One shape of training batch and how often it is drawn."""
+
+    size: int = Field(128, ge=8)
+    batch: int = Field(8, ge=1)
+    share: float = Field(1.0, gt=0)
+
+
+class DataConfig(_Strict):
+    """Slices and how they are augmented. The network sees (value - offset) / scale, values in `unit`."""
+
+    root: str = "."
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    validation: str = Field(description="one volume that is never trained on")
+    exclude: tuple[str, ...] = Field(
+        (), description="file stems a glob must not bring in (the validation volume is always left out)"
+    )
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    clip: tuple[float, float] = Field(
+        (-1024.0, 3072.0), description="file values are clipped to this, then mapped"
+    )
+    file_offset: float = Field(0.0, description="network value = (file value - file_offset) / file_scale")
+    file_scale: float = Field(1000.0, gt=0)
+    background: float = Field(-1024.0, description="file value outside the image (air)")
+    spacing_mm: tuple[float, float] = Field((0.8, 2.2), description="in-plane spacings the network is shown")
+    native_share: float = Field(
+        0.5, ge=0, le=1, description="share of crops on the voxel grid itself: no interpolation"
+    )
+    zoom: tuple[float, float] = Field(
+        (0.75, 1.4), description="range of spacing change of the other crops, times native"
+    )
+    rotate_deg: float = Field(12.0, ge=0, le=180)
+    flip_rows: float = Field(
+        0.25, ge=0, le=1, description="share of crops turned upside down; columns are flipped in half"
+    )
+    gain_jitter: float = Field(0.03, ge=0, lt=1)
+    offset_jitter: float = Field(0.01, ge=0, description="network units")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DataConfig:
+        for name in ("clip", "spacing_mm", "zoom"):
+            low, high = getattr(self, name)
+            if not low < high:
+                raise ValueError(f"{name} must be [low, high] with low < high, got [{low}, {high}]")
+        return self
+
+
+class CardConfig(_Strict):
+    """What the model card says that the run cannot know by itself."""
+
+    name: str = "prior"
+    offset: float = Field(0.0, description="user units: network value = (user value - offset) / scale")
+    scale: float = Field(1.0, gt=0, description="user units per network unit")
+    unit: str = "a.u."
+    statement: str = ""
+    licence: str = ""
+    attribution: tuple[str, ...] = ()
+
+
+class TrainConfig(_Strict):
+    """A whole run. Either `steps` (resumes to the bit) or `budget_minutes` (schedule follows the clock)."""
+
+    out: str = Field(description="folder for checkpoints, validation curve and the finished prior")
+    seed: int = 0
+    network: UNetConfig = UNetConfig()
+    data: DataConfig
+    card: CardConfig = CardConfig()
+    crops: tuple[CropConfig, ...] = (CropConfig(),)
+    steps: int | None = Field(None, ge=1)
+    budget_minutes: float | None = Field(None, gt=0)
+    sigma_data: float = Field(0.5, gt=0, description="network units")
+    log_sigma_mean: float = -2.0
+    log_sigma_std: float = Field(1.5, gt=0)
+    sigma_range: tuple[float, float] = (0.003, 4.0)
+    learning_rate: float = Field(6e-4, gt=0)
+    warmup_steps: int = Field(200, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_halflife_images: float = Field(8000.0, gt=0)
+    ema_ramp: float = Field(
+        0.05, gt=0, description="half-life is at most this share of the images seen so far"
+    )
+    bfloat16: bool = Field(True, description="convolutions in bfloat16 where the device is fast at it")
+    device: str = "cpu"
+    threads: int | None = Field(None, ge=1)
+    save_every_s: float = Field(120.0, gt=0)
+    save_every_steps: int | None = Field(
+        None, ge=1, description="checkpoint by step count instead of by the clock"
+    )
+    validate_every_s: float = Field(600.0, gt=0)
+    validate_every_steps: int | None = Field(None, ge=1)
+    validation_sigmas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)
+    validation_slices: int = Field(6, ge=1)
+
+    @model_validator(mode="after")
+    def _one_end(self) -> TrainConfig:
+        if (self.steps is None) == (self.budget_minutes is None):
+            raise ValueError("give exactly one of steps and budget_minutes")
+        if not 0 < self.sigma_range[0] < self.sigma_range[1]:
+            raise ValueError(
+                f"sigma_range must be [low, high] with 0 < low < high, got {list(self.sigma_range)}"
+            )
+        for crop in self.crops:
+            if crop.size % self.network.multiple:
+                raise ValueError(
+                    f"crops: size must be a multiple of {self.network.multiple}, got {crop.size}"
+                )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Read a YAML file; relative `data.root` and `out` are taken from the working directory."""
+        import yaml
+
+        text = Path(path).read_text(encoding="utf-8")
+        raw: Any = yaml.safe_load(text)
+        if not isinstance(raw, dict):
+            raise ValueError(f"train config {path}: expected a mapping of fields, got {type(raw).__name__}")
+        return cls.model_validate(raw)

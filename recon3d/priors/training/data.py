@@ -1,0 +1,203 @@
+"""Training slices from NIfTI volumes: random crops, spacings, orientations and slice thicknesses.
+
+Volumes are held as [z, y, x] float32 in network units. Every batch is a function of (seed, step) alone, so a
+resumed run sees the crops an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from recon3d.priors.training.config import DataConfig, TrainConfig
+
+__all__ = ["SliceData", "Volume", "load_volume"]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One training volume in network units."""
+
+    name: str
+    values: Tensor  # [z, y, x] float32
+    spacing_mm: tuple[float, float, float]  # z, y, x
+    weight: float
+    max_block_z: int
+    open_air: bool  # the border is background, so background may be continued beyond it
+
+
+def load_volume(path: Path, data: DataConfig, weight: float = 1.0, max_block_z: int = 1) -> Volume:
+    """A NIfTI volume turned to [z, y, x] = (superior, posterior, left), clipped and mapped to network units.
+
+    Raises:
+        ValueError: the file is not a 3D volume, has no finite values or a spacing that is not positive.
+    """
+    import nibabel
+
+    image = nibabel.load(path)
+    values = np.asarray(image.dataobj, dtype=np.float32)
+    if values.ndim != 3:
+        raise ValueError(f"training data {path}: expected a 3D volume, got {values.ndim} axes")
+    start = nibabel.orientations.io_orientation(image.affine)
+    want = nibabel.orientations.axcodes2ornt(("L", "P", "S"))
+    turn = nibabel.orientations.ornt_transform(start, want)
+    values = nibabel.orientations.apply_orientation(values, turn)
+    zooms = np.linalg.norm(image.affine[:3, :3], axis=0)[np.argsort(start[:, 0])]
+    if not np.isfinite(values).all() or not (zooms > 0).all():
+        raise ValueError(f"training data {path}: values must be finite and spacings positive")
+    low, high = data.clip
+    volume = np.clip(values.transpose(2, 1, 0), low, high)  # L, P, S -> z, y, x
+    spacing = (float(zooms[2]), float(zooms[1]), float(zooms[0]))
+    if data.plane == "coronal":
+        volume, spacing = volume.transpose(1, 0, 2), (spacing[1], spacing[0], spacing[2])
+    elif data.plane == "sagittal":
+        volume, spacing = volume.transpose(2, 0, 1), (spacing[2], spacing[0], spacing[1])
+    border = np.concatenate(
+        [volume[:, 0].ravel(), volume[:, -1].ravel(), volume[:, :, 0].ravel(), volume[:, :, -1].ravel()]
+    )
+    open_air = bool(np.median(np.abs(border - data.background)) < 0.1 * data.file_scale)
+    net = torch.from_numpy(
+        np.ascontiguousarray((volume - data.file_offset) / data.file_scale, dtype=np.float32)
+    )
+    return Volume(
+        Path(path).name.removesuffix(".gz").removesuffix(".nii"), net, spacing, weight, max_block_z, open_air
+    )
+
+
+class SliceData:
+    """All training volumes and the validation slices, with `batch(step)` as the only source of randomness."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        data = config.data
+        self.config = config
+        root = Path(data.root)
+        held_out = root / data.validation
+        skip = {*data.exclude, held_out.name.removesuffix(".gz").removesuffix(".nii")}
+        self.volumes: list[Volume] = []
+        for source in data.sources:
+            found = (
+                sorted(root.glob(source.path)) if not Path(source.path).is_absolute() else [Path(source.path)]
+            )
+            found = [p for p in found if p.name.removesuffix(".gz").removesuffix(".nii") not in skip]
+            if not found:
+                raise ValueError(f"training data: no volume matches {source.path!r} under {root}")
+            for path in found:
+                self.volumes.append(load_volume(path, data, source.weight / len(found), source.max_block_z))
+        self.validation = load_volume(held_out, data)
+        self._background = (data.background - data.file_offset) / data.file_scale
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Clean crops [b, 1, row, col], noise levels [b] and unit noise [b, 1, row, col] of a step."""
+        cfg = self.config
+        rng = np.random.Generator(np.random.Philox(key=cfg.seed, counter=[0, 0, 0, step]))
+        shares = np.array([c.share for c in cfg.crops])
+        crop = cfg.crops[int(rng.choice(len(shares), p=shares / shares.sum()))]
+        clean = torch.stack([self._crop(rng, crop.size) for _ in range(crop.batch)])[:, None]
+        # stratified over the batch: every step sees low and high levels
+        u = (rng.permutation(crop.batch) + rng.random(crop.batch)) / crop.batch
+        log_sigma = cfg.log_sigma_mean + cfg.log_sigma_std * _normal_quantile(u)
+        sigma = torch.from_numpy(np.clip(np.exp(log_sigma), *cfg.sigma_range)).float()
+        noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
+        return clean, sigma, noise
+
+    def validation_set(self) -> tuple[Tensor, Tensor]:
+        """Evenly spaced slices of the held-out volume, cut to the network's multiple, and fixed noise."""
+        v = self.validation.values
+        k = min(self.config.validation_slices, v.shape[0])
+        index = (
+            np.linspace(0, v.shape[0] - 1, k + 2).round().astype(int)[1:-1]
+            if k + 2 <= v.shape[0]
+            else np.arange(k)
+        )
+        m = self.config.network.multiple
+        h, w = v.shape[1] // m * m, v.shape[2] // m * m
+        clean = v[torch.from_numpy(index), :h, :w][:, None].contiguous()
+        noise = np.random.Generator(np.random.Philox(key=[self.config.seed, 1])).standard_normal(
+            clean.shape, dtype=np.float32
+        )
+        return clean, torch.from_numpy(noise)
+
+    def _crop(self, rng: np.random.Generator, size: int) -> Tensor:
+        data = self.config.data
+        fits = [v for v in self.volumes if min(v.values.shape[1:]) >= 0.75 * size] or self.volumes
+        p = np.array([v.weight for v in fits])
+        volume = fits[int(rng.choice(len(fits), p=p / p.sum()))]
+        zoom, angle = self._grid(rng, volume)
+        thick = min(
+            1 + int(rng.random() < 0.4) * int(rng.integers(1, 8)), volume.max_block_z, volume.values.shape[0]
+        )
+        for _ in range(4):
+            z = int(rng.integers(0, volume.values.shape[0] - thick + 1))
+            x = volume.values[z] if thick == 1 else volume.values[z : z + thick].mean(dim=0)
+            x = self._cut(rng, x, size, zoom, angle, volume.open_air)
+            if float(x.mean()) > self._background + 0.2:  # not an all-background crop
+                break
+        for axis, share in ((1, 0.5), (0, data.flip_rows)):
+            if rng.random() < share:
+                x = x.flip(axis)
+        gain = 1 + data.gain_jitter * (2 * rng.random() - 1)
+        shift = data.offset_jitter * (2 * rng.random() - 1)
+        # the gain acts about the background, so that air stays air
+        return (x - self._background) * gain + self._background + shift
+
+    def _grid(self, rng: np.random.Generator, volume: Volume) -> tuple[float, float]:
+        """(spacing change, rotation in radians); (1, 0) = the voxel grid itself."""
+        data = self.config.data
+        native = math.sqrt(volume.spacing_mm[1] * volume.spacing_mm[2])
+        if rng.random() < data.native_share and data.spacing_mm[0] <= native <= data.spacing_mm[1]:
+            return 1.0, 0.0
+        low = max(data.zoom[0], data.spacing_mm[0] / native)
+        high = min(data.zoom[1], data.spacing_mm[1] / native)
+        if low >= high:  # a volume coarser or finer than everything asked for: nearest allowed spacing
+            low = high = (
+                data.spacing_mm[1] / native if native > data.spacing_mm[1] else data.spacing_mm[0] / native
+            )
+        zoom = math.exp(rng.uniform(math.log(low), math.log(high)))
+        return zoom, math.radians(data.rotate_deg) * (2 * rng.random() - 1)
+
+    def _cut(
+        self, rng: np.random.Generator, x: Tensor, size: int, zoom: float, angle: float, open_air: bool
+    ) -> Tensor:
+        h, w = x.shape
+        if zoom == 1.0 and angle == 0.0 and open_air | (min(h, w) >= size):
+            top, left = (_start(rng, n, size) for n in (h, w))
+            pad = (max(0, -left), max(0, left + size - w), max(0, -top), max(0, top + size - h))
+            x = F.pad(x, pad, value=self._background)
+            return x[top + pad[2] : top + pad[2] + size, left + pad[0] : left + pad[0] + size]
+        # centre of the crop, in pixels of x, with the same rule as above for the cut of `size * zoom` pixels
+        cy, cx = (_start(rng, n, round(size * zoom)) + 0.5 * size * zoom for n in (h, w))
+        c, s = math.cos(angle) * zoom, math.sin(angle) * zoom
+        # coarser than the voxels: average 2x2 samples, as a larger voxel would
+        over = 2 if zoom > 1.05 else 1
+        n = size * over
+        at = (torch.arange(n, dtype=torch.float32) + 0.5) / over - size / 2
+        rows = cy + c * at[:, None] - s * at[None, :]
+        cols = cx + s * at[:, None] + c * at[None, :]
+        grid = torch.stack([2 * cols / w - 1, 2 * rows / h - 1], dim=-1)[None]
+        mode = "zeros" if open_air else "reflection"
+        y = F.grid_sample(
+            (x - self._background)[None, None], grid, mode="bicubic", padding_mode=mode, align_corners=False
+        )
+        if over == 2:
+            y = F.avg_pool2d(y, 2)
+        return y[0, 0].clamp(min=0) + self._background
+
+
+def _start(rng: np.random.Generator, n: int, size: int) -> int:
+    """First index of a cut of `size` from `n`: anywhere inside, or about centred when it does not fit."""
+    if n > size:
+        return int(rng.integers(0, n - size + 1))
+    return (n - size) // 2 + int(rng.integers(-8, 9)) * int(n < size)
+
+
+def _normal_quantile(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    t = torch.from_numpy(np.clip(u, 1e-6, 1 - 1e-6))
+    quantile: NDArray[np.float64] = torch.special.ndtri(t).numpy()
+    return quantile

@@ -1,0 +1,339 @@
+"""The training loop: EDM loss, Adam, EMA, checkpoints that a kill cannot spoil, a validation curve.
+
+A step is a function of (seed, step number, weights), so a run given in `steps` and killed at any moment ends
+with the bits of an uninterrupted one. A run given in minutes follows the clock instead: its learning rate
+decays with the time used, counted across restarts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from recon3d.priors.base import ModelCard
+from recon3d.priors.checkpoints.atomic import write_safetensors, write_text
+from recon3d.priors.networks import EDMDenoiser, UNet
+from recon3d.priors.training.config import TrainConfig
+from recon3d.priors.training.data import SliceData
+
+__all__ = ["Progress", "TrainResult", "train"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told to the progress callback after every step."""
+
+    step: int
+    fraction: float  # of the steps or minutes asked for
+    elapsed_s: float
+    images: int
+    loss: float  # mean of about the last 100 steps
+    learning_rate: float
+    validation: dict[float, float] | None  # sigma -> PSNR in dB (peak 1 network unit), when just measured
+    saved: bool
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Where a finished or stopped run stands."""
+
+    out: Path
+    prior: Path  # the folder load_prior takes
+    step: int
+    finished: bool
+    validation: dict[float, float]
+
+
+def train(
+    config: TrainConfig,
+    progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> TrainResult:
+    """Train a prior, or go on with the run found in `config.out`.
+
+    Args:
+        config: the run; see `TrainConfig`.
+        progress: called after every step.
+        should_stop: asked after every step; True saves a checkpoint and the prior as it stands, and returns.
+
+    Returns:
+        A `TrainResult`; `finished` is False when stopped.
+
+    Raises:
+        ValueError: no training data, or `config.out` holds a run with other settings.
+    """
+    threads = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        return _Run(config).go(progress, should_stop)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@dataclass
+class _Counters:
+    step: int = 0
+    images: int = 0
+    elapsed_s: float = 0.0
+    loss: float = math.nan
+
+
+class _Run:
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.out = Path(config.out)
+        self.data = SliceData(config)
+        device = torch.device(config.device)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)  # the initial weights; nothing later draws from torch's generator
+            self.model = self._denoiser(device)
+        self.device = device
+        self.named = dict(self.model.net.named_parameters())
+        self.ema = {k: p.detach().clone() for k, p in self.named.items()}
+        self.adam = torch.optim.AdamW(
+            self.named.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.count = _Counters()
+        self.curve: list[dict[str, float]] = []
+        self.latest: dict[float, float] = {}
+        self.checkpoint = self.out / "checkpoint.safetensors"
+        if self.checkpoint.exists():
+            self._restore()
+
+    def go(
+        self, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool] | None
+    ) -> TrainResult:
+        cfg, count = self.config, self.count
+        before, started = count.elapsed_s, time.monotonic()
+        saved_at = validated_at = started
+        while self._fraction() < 1:
+            rate = self._step()
+            now = time.monotonic()
+            count.elapsed_s = before + now - started
+            done = self._fraction() >= 1
+            stop = not done and should_stop is not None and should_stop()
+            validated = (
+                _due(count.step, now - validated_at, cfg.validate_every_steps, cfg.validate_every_s) or done
+            )
+            if validated:
+                self._validate()
+                self.export()
+                validated_at = time.monotonic()
+            saved = _due(count.step, now - saved_at, cfg.save_every_steps, cfg.save_every_s) or done or stop
+            if saved:
+                self._save()
+                saved_at = time.monotonic()
+            if stop:
+                self.export()
+            if progress is not None:
+                report = self.latest if validated else None
+                progress(
+                    Progress(
+                        count.step,
+                        min(1.0, self._fraction()),
+                        count.elapsed_s,
+                        count.images,
+                        count.loss,
+                        rate,
+                        report,
+                        saved,
+                    )
+                )
+            if stop:
+                return TrainResult(self.out, self.out / "prior", count.step, False, self.latest)
+        return TrainResult(self.out, self.out / "prior", count.step, True, self.latest)
+
+    def _fraction(self) -> float:
+        if self.config.steps is not None:
+            return self.count.step / self.config.steps
+        return self.count.elapsed_s / 60 / float(self.config.budget_minutes or 1)
+
+    def _step(self) -> float:
+        cfg, count = self.config, self.count
+        rate = (
+            cfg.learning_rate
+            * min(1.0, (count.step + 1) / max(1, cfg.warmup_steps))
+            * _cosine(self._fraction())
+        )
+        clean, sigma, noise = (t.to(self.device) for t in self.data.batch(count.step))
+        self.model.train()
+        with self._autocast():
+            loss = self.model.loss(clean.contiguous(memory_format=torch.channels_last), sigma, noise)
+        self.adam.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), cfg.clip_norm)
+        if not math.isfinite(float(norm)):
+            raise FloatingPointError(
+                f"train: the gradient is not finite at step {count.step}; lower learning_rate"
+            )
+        for group in self.adam.param_groups:
+            group["lr"] = rate
+        self.adam.step()
+        count.step += 1
+        count.images += clean.shape[0]
+        half_life = min(cfg.ema_halflife_images, cfg.ema_ramp * count.images)
+        keep = 0.5 ** (clean.shape[0] / max(half_life, 1e-8))
+        for k, p in self.named.items():
+            self.ema[k].lerp_(p.detach(), 1 - keep)
+        value = float(loss.detach())
+        count.loss = value if math.isnan(count.loss) else count.loss + 0.01 * (value - count.loss)
+        return rate
+
+    def _denoiser(self, device: torch.device) -> EDMDenoiser:
+        net = UNet(self.config.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return EDMDenoiser(net, self.config.sigma_data).to(device)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        cfg = self.config
+        model = self._denoiser(self.device)
+        model.net.load_state_dict(self.ema)
+        model.eval()
+        clean, noise = (t.to(self.device) for t in self.data.validation_set())
+        row: dict[str, float] = {
+            "step": self.count.step,
+            "images": self.count.images,
+            "elapsed_s": round(self.count.elapsed_s, 1),
+        }
+        row["train_loss"] = self.count.loss
+        for level in cfg.validation_sigmas:
+            error = 0.0
+            for x, z in zip(clean[:, None], noise[:, None], strict=True):
+                with self._autocast():
+                    d = model(x + level * z, torch.full((1,), level, device=self.device))
+                error += float((d - x).double().square().mean()) / clean.shape[0]
+            self.latest[level] = 10 * math.log10(1 / error)
+            row[f"loss_sigma_{level:g}"] = (
+                error * (level**2 + cfg.sigma_data**2) / (level * cfg.sigma_data) ** 2
+            )
+            row[f"psnr_db_sigma_{level:g}"] = self.latest[level]
+        self.curve.append(row)
+        self._write_curve()
+
+    def _write_curve(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, fieldnames=list(self.curve[-1]))
+        writer.writeheader()
+        writer.writerows(self.curve)
+        write_text(self.out / "validation.csv", text.getvalue())
+
+    def export(self) -> None:
+        """Write the EMA as it stands, with its card, into `out/prior`."""
+        from recon3d.priors.checkpoints.folder import write_folder
+
+        write_folder(self.out / "prior", self._card(), self.ema)
+
+    def _card(self) -> ModelCard:
+        cfg, card = self.config, self.config.card
+        low, high = ((v - cfg.data.file_offset) / cfg.data.file_scale for v in cfg.data.clip)
+        return ModelCard(
+            name=card.name,
+            statement=card.statement,
+            plane=cfg.data.plane,
+            spacing_mm=cfg.data.spacing_mm,
+            offset=card.offset,
+            scale=card.scale,
+            unit=card.unit,
+            value_range=(card.offset + card.scale * low, card.offset + card.scale * high),
+            path="edm",
+            sigma_range=cfg.sigma_range,
+            sigma_data=cfg.sigma_data,
+            architecture={"family": "unet", **cfg.network.model_dump(mode="json")},
+            parameters=sum(p.numel() for p in self.named.values()),
+            training_data=tuple(v.name for v in self.data.volumes),
+            attribution=card.attribution,
+            licence=card.licence,
+            training={
+                "steps": self.count.step,
+                "images": self.count.images,
+                "minutes": round(self.count.elapsed_s / 60, 1),
+                "log_sigma": [cfg.log_sigma_mean, cfg.log_sigma_std],
+            },
+            validation={
+                "volume": self.data.validation.name,
+                "slices": cfg.validation_slices,
+                "peak": "1 network unit",
+                **{f"psnr_db_sigma_{s:g}": round(v, 2) for s, v in self.latest.items()},
+            },
+        )
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor] = {f"model.{k}": p.detach() for k, p in self.named.items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
+        state = self.adam.state
+        for k, p in self.named.items():
+            tensors[f"adam.exp_avg.{k}"] = state[p]["exp_avg"]
+            tensors[f"adam.exp_avg_sq.{k}"] = state[p]["exp_avg_sq"]
+        meta = {
+            "config": self.config.model_dump_json(),
+            "counters": json.dumps(asdict(self.count)),
+            "curve": json.dumps(self.curve),
+        }
+        write_safetensors(self.checkpoint, tensors, meta)
+
+    def _restore(self) -> None:
+        from safetensors import safe_open
+
+        with safe_open(self.checkpoint, framework="pt") as f:
+            meta: dict[str, str] = f.metadata()
+            tensors: dict[str, Tensor] = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        found = TrainConfig.model_validate_json(meta["config"])
+        changed = _differences(found, self.config)
+        if changed:
+            raise ValueError(
+                f"train: {self.out} holds a run with other settings ({', '.join(changed)}); "
+                "give them back or choose another out"
+            )
+        self.count = _Counters(**json.loads(meta["counters"]))
+        self.curve = json.loads(meta["curve"])
+        with torch.no_grad():
+            for k, p in self.named.items():
+                p.copy_(tensors[f"model.{k}"])
+                self.ema[k].copy_(tensors[f"ema.{k}"])
+                self.adam.state[p] = {
+                    "step": torch.tensor(float(self.count.step)),
+                    "exp_avg": tensors[f"adam.exp_avg.{k}"].to(p).clone(memory_format=torch.preserve_format),
+                    "exp_avg_sq": tensors[f"adam.exp_avg_sq.{k}"]
+                    .to(p)
+                    .clone(memory_format=torch.preserve_format),
+                }
+
+
+# a restart may change these: they say how long, how often and where, not what is learned
+_FREE = {
+    "out",
+    "steps",
+    "budget_minutes",
+    "threads",
+    "save_every_s",
+    "save_every_steps",
+    "validate_every_s",
+    "device",
+    "card",
+}
+
+
+def _differences(a: TrainConfig, b: TrainConfig) -> list[str]:
+    x, y = a.model_dump(mode="json"), b.model_dump(mode="json")
+    return sorted(k for k in x if k not in _FREE and x[k] != y[k])
+
+
+def _cosine(fraction: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+
+
+def _due(step: int, since_s: float, every_steps: int | None, every_s: float) -> bool:
+    return step % every_steps == 0 if every_steps else since_s >= every_s
