@@ -1,0 +1,286 @@
+"""The job file: what to reconstruct from what, how, and on which machine, checked before anything is read.
+
+YAML, every key known (a misspelt one is an error), units in the names. A job on disk, the same job with `--set
+section.key=value` on top, and the resolved copy beside a result are all this one model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+_MAX_BYTES = 1 << 20
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A job file or an override is wrong; one sentence names the key, what was given and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+
+# YAML gives lists; strict mode would ask for tuples
+Shape = Annotated[
+    tuple[
+        Annotated[int, Field(ge=1), Strict()],
+        Annotated[int, Field(ge=1), Strict()],
+        Annotated[int, Field(ge=1), Strict()],
+    ],
+    Strict(False),
+]
+Lengths = Annotated[
+    tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Strict(False)
+]
+Interval = Annotated[tuple[Annotated[int, Field(ge=0), Strict()], Annotated[int, Field(ge=0), Strict()]], Strict(False)]
+
+
+class InputConfig(_Section):
+    """The measurement and which part of it is used."""
+
+    path: str = Field("", description="sinogram file: recon3d HDF5, Data Exchange HDF5 or npz")
+    views: int | None = Field(None, ge=1, description="keep this many views, evenly spread; null keeps all")
+    slices: Interval | None = Field(None, description="keep slices [first, end); null keeps all")
+    rotation_centre_px: float | None = Field(None, description="detector cell of the rotation axis; null asks the file")
+    detector_spacing_mm: float | None = Field(None, gt=0, description="for files that do not say it")
+    slice_spacing_mm: float | None = Field(None, gt=0, description="for files that do not say it")
+
+
+class GridConfig(_Section):
+    """The volume; null takes what the file says, else the detector's cell size at the rotation axis."""
+
+    shape: Shape | None = Field(None, description="voxels along z, y, x")
+    spacing_mm: Lengths | None = Field(None, description="voxel size along z, y, x")
+
+
+class NoiseConfig(_Section):
+    """How the measurement scatters; it sets the weights of the data term."""
+
+    kind: Literal["auto", "none", "gaussian", "poisson"] = Field("auto", description="auto asks the file")
+    sigma: float | None = Field(None, gt=0, description="gaussian: standard deviation of a line integral")
+    photons: float | None = Field(None, gt=0, description="poisson: mean count of a ray that meets no object")
+
+    @model_validator(mode="after")
+    def _complete(self) -> NoiseConfig:
+        for kind, name in (("gaussian", "sigma"), ("poisson", "photons")):
+            if self.kind == kind and getattr(self, name) is None:
+                raise ValueError(f"kind {kind} needs {name}")
+            if self.kind != kind and getattr(self, name) is not None:
+                raise ValueError(f"{name} belongs to kind {kind}, got kind {self.kind}")
+        return self
+
+
+class ComputeConfig(_Section):
+    """The machine; nothing here changes the result on one kind of device."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    batch_size: int | None = Field(None, ge=1, description="slices the prior works on at once; null chooses")
+    workers: int | None = Field(None, ge=1, description="CPU threads; null takes the cores at hand")
+    memory_budget_gib: float | None = Field(None, gt=0, description="refuse above it; null takes what is free")
+
+
+class CheckpointConfig(_Section):
+    """When the state is saved: at the first level boundary that meets either condition."""
+
+    every_levels: int = Field(5, ge=1)
+    every_seconds: float = Field(20.0, ge=0)
+
+
+class OutputConfig(_Section):
+    """What is written."""
+
+    unit: Literal["hu", "per_mm"] = Field("hu", description="HU, or attenuation in 1/mm")
+    mu_water_per_mm: float = Field(0.0193, gt=0, description="attenuation of water, for HU")
+    preview: bool = Field(True, description="write preview.png, with a filtered back projection beside")
+
+
+class JobConfig(_Section):
+    """A whole job."""
+
+    input: InputConfig = InputConfig()
+    grid: GridConfig = GridConfig()
+    noise: NoiseConfig = NoiseConfig()
+    projector: Literal["joseph", "shear"] = "joseph"
+    recipe: str | dict[str, Any] = Field("ct", description="a packaged recipe, a YAML file, or the recipe itself")
+    prior: str = Field("ct", description="a packaged prior or a folder with card.json and model.safetensors")
+    seed: int = Field(0, ge=0, lt=1 << 63)
+    compute: ComputeConfig = ComputeConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    output: OutputConfig = OutputConfig()
+
+    def meaning(self) -> dict[str, Any]:
+        """The part that decides the result: everything but the machine, the checkpoints and the input's place."""
+        full = self.model_dump(mode="json")
+        for name in ("compute", "checkpoint"):
+            full.pop(name)
+        full["input"].pop("path")
+        return full
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> JobConfig:
+    """Read a job.
+
+    Args:
+        path: YAML file; None starts from the defaults.
+        overrides: "section.key=value" strings, value in YAML; later ones win.
+        values: dotted keys to values, set before the overrides (the command line's own options).
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or a value is not allowed.
+    """
+    source = "command line" if path is None else str(path)
+    raw = {} if path is None else read_yaml(Path(path))
+    for key, value in (values or {}).items():
+        _assign(raw, key, value)
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not all(key.split(".")):
+            raise ConfigError(f"--set {text}: expected section.key=value")
+        _assign(raw, key, parse_yaml(value, f"--set {text}"))
+    return validate(JobConfig, raw, source)
+
+
+def validate(model: type[Model], raw: Any, source: str) -> Model:
+    """Check plain data against a pydantic model, with one sentence naming the first wrong key.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not allowed.
+    """
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_sentence(error, model)}") from None
+
+
+def save_config(config: BaseModel) -> str:
+    """The config as YAML text, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file holding one mapping.
+
+    Raises:
+        ConfigError: it is missing, larger than 1 MiB, not YAML, or not a mapping.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise ConfigError(f"{path}: {size} bytes is too large for a configuration file, at most {_MAX_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read ({reason})") from None
+    raw = parse_yaml(text, str(path))
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, got a {type(raw).__name__}")
+    return raw
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """YAML text as plain data; no tags, no anchors.
+
+    Raises:
+        ConfigError: the text is not such YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}: not valid YAML{where} ({getattr(error, 'problem', None) or error})") from None
+    except (RecursionError, ValueError) as error:
+        raise ConfigError(f"{source}: not valid YAML ({type(error).__name__})") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only: no anchors (a page of them can stand for gigabytes), no repeated keys, 1e-3 is a number."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise yaml.constructor.ConstructorError(None, None, "anchors are not allowed", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, name in enumerate(parents):
+        inner = raw.setdefault(name, {})
+        if name == "recipe" and depth == 0 and not isinstance(inner, dict):
+            inner = raw[name] = _recipe_as_data(inner)
+        elif name == "recipe" and depth == 0 and not inner:
+            inner = raw[name] = _recipe_as_data(str(JobConfig.model_fields["recipe"].default))
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {key}: {'.'.join(parents[: depth + 1])} is a value, it has no keys")
+        raw = inner
+    raw[last] = value
+
+
+def _recipe_as_data(name: object) -> dict[str, Any]:
+    from recon3d import recipes
+
+    return dict(recipes.load_recipe(str(name)).model_dump(mode="json"))
+
+
+def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    # a union reports every branch; the keys of the path are the fields
+    where = ".".join(str(part) for part in first["loc"])
+    given = first.get("input")
+    if first["type"] == "extra_forbidden":
+        allowed = _keys_at(model, first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), allowed, 1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(allowed)}"
+        text = f"unknown key {where}; {hint}"
+    elif first["type"] == "missing":
+        text = f"{where} is missing"
+    elif first["type"] == "value_error":
+        text = f"{where}: {first['ctx']['error']}" if where else str(first["ctx"]["error"])
+    else:
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        text = f"{where}: {reason}, got {_brief(given)}"
+    more = len(problems) - 1
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for name in path:
+        field = model.model_fields.get(str(name))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
