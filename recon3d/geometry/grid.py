@@ -17,7 +17,8 @@ class VolumeGrid:
     Attributes:
         shape: voxels along z, y, x; each at least 1.
         spacing_mm: voxel size along z, y, x in mm; each positive.
-        affine: 4x4, voxel (x, y, z) to world RAS mm; None centres the grid on the world's origin, axes x, y, z.
+        affine: 4x4, voxel (x, y, z) to world RAS mm; None centres the grid on the world's origin with
+            x to the left, y to the back and z to the head (LPS), as slices are looked at.
 
     Raises:
         ValueError: a size below 1, a spacing that is not finite and positive, or a singular affine.
@@ -56,8 +57,8 @@ class VolumeGrid:
             return np.asarray(self.affine, dtype=np.float64)
         nz, ny, nx = self.shape
         dz, dy, dx = self.spacing_mm
-        matrix = np.diag([dx, dy, dz, 1.0])
-        matrix[:3, 3] = [-(nx - 1) / 2 * dx, -(ny - 1) / 2 * dy, -(nz - 1) / 2 * dz]
+        matrix = np.diag([-dx, -dy, dz, 1.0])
+        matrix[:3, 3] = [(nx - 1) / 2 * dx, (ny - 1) / 2 * dy, -(nz - 1) / 2 * dz]
         return matrix
 
     def slab(self, start: int, stop: int) -> VolumeGrid:

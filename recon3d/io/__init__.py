@@ -1,1 +1,27 @@
-"""recon3d.io"""
+"""Files in and out: every reader behind one guard, every writer atomic."""
+
+from pathlib import Path
+
+from recon3d.io.atomic import atomic_write
+from recon3d.io.guard import BadInput, Limits
+from recon3d.io.nifti import NiftiHeader, read_nifti, read_nifti_header, write_nifti
+from recon3d.io.units import MU_WATER_PER_MM, hu_to_mu, mu_to_hu
+
+__all__ = [
+    "MU_WATER_PER_MM",
+    "BadInput",
+    "Limits",
+    "NiftiHeader",
+    "atomic_write",
+    "demo_volume_path",
+    "hu_to_mu",
+    "mu_to_hu",
+    "read_nifti",
+    "read_nifti_header",
+    "write_nifti",
+]
+
+
+def demo_volume_path() -> Path:
+    """The chest CT that ships with the package, in HU; its source and licence stand in ATTRIBUTION.md beside it."""
+    return Path(__file__).resolve().parents[1] / "data" / "ct_chest_pyrad_lung1.nii.gz"
