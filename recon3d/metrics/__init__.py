@@ -1,1 +1,6 @@
-"""recon3d.metrics"""
+"""How close a volume is to a reference and to its measurement; one fixed definition of every figure."""
+
+from recon3d.metrics.compare import PLANES, compare, data_fit
+from recon3d.metrics.figures import nmse, psnr, rmse, ssim, through_plane
+
+__all__ = ["PLANES", "compare", "data_fit", "nmse", "psnr", "rmse", "ssim", "through_plane"]
