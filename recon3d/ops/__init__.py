@@ -2,6 +2,17 @@
 
 from recon3d.ops.cg import cg_step_
 from recon3d.ops.dot import dot
+from recon3d.ops.radon import radon, radon_adjoint
 from recon3d.ops.tvz import tvz_adjoint, tvz_diff, tvz_normal, tvz_update, tvz_update_
 
-__all__ = ["cg_step_", "dot", "tvz_adjoint", "tvz_diff", "tvz_normal", "tvz_update", "tvz_update_"]
+__all__ = [
+    "cg_step_",
+    "dot",
+    "radon",
+    "radon_adjoint",
+    "tvz_adjoint",
+    "tvz_diff",
+    "tvz_normal",
+    "tvz_update",
+    "tvz_update_",
+]
