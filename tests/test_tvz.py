@@ -63,8 +63,11 @@ def test_close_to_float64(shape, dtype, periodic):
     torch_own = tvz._update(x, w, threshold, scale, periodic)
     for name, a, b, c in zip("zwg", tvz_update(x, q, w, threshold, scale, periodic), torch_own, truth, strict=True):
         check_close_to_float64(a, b, c, name)
-    for name, op, ref in (("diff", tvz_diff, tvz._diff), ("adjoint", tvz_adjoint, tvz._adjoint),
-                          ("normal", tvz_normal, tvz._normal)):
+    for name, op, ref in (
+        ("diff", tvz_diff, tvz._diff),
+        ("adjoint", tvz_adjoint, tvz._adjoint),
+        ("normal", tvz_normal, tvz._normal),
+    ):
         check_close_to_float64(op(x, scale, periodic), ref(x, scale, periodic), ref(x.double(), scale, periodic), name)
     want = q.double() + tvz._normal(x.double(), scale, periodic)
     check_close_to_float64(tvz_normal(x, scale, periodic, add_to=q.clone()), q + tvz._normal(x, scale, periodic), want)

@@ -74,9 +74,7 @@ class NetworkPrior:
                 f"got {tuple(u.shape)}"
             )
         if u.device != self.device:
-            raise ValueError(
-                f"denoise: u is on {u.device}, prior {self.card.name!r} on {self.device}; move one"
-            )
+            raise ValueError(f"denoise: u is on {u.device}, prior {self.card.name!r} on {self.device}; move one")
         level = float(sigma) / self.scale
         if not (math.isfinite(level) and level > 0):
             raise ValueError(f"denoise: sigma must be positive and finite, got {sigma}")

@@ -3,8 +3,8 @@
 Every forward process used here is  x_t = s(t) (x0 + sigma(t) eps),  eps ~ N(0, I).  The canonical state is
 u = x_t / s(t), the canonical network output the denoiser D(u; sigma) = E[x0 | u]. All conversions are exact:
 
-    eps   = (u - D) / sigma                    D = (x_t - s sigma eps) / s
-    score = (D - u) / (s sigma^2)              D = (x_t + (s sigma)^2 score) / s
+    eps   = (u - D) / sigma                   D = (x_t - s sigma eps) / s
+    score = (D - u) / (s sigma^2)             D = (x_t + (s sigma)^2 score) / s
     v     = (eps - sigma x0) / sqrt(1+sigma^2) D = (u - sigma sqrt(1+sigma^2) v) / (1+sigma^2)
 
 with D in the place of x0. v is the velocity of Salimans and Ho (ICLR 2022), cos eps - sin x0 with tan = sigma;

@@ -34,17 +34,12 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
-def write_safetensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> bytes:
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     """Write tensors atomically and return the bytes of the file (for a digest)."""
     from safetensors.torch import save
 
     content = save(
-        {
-            k: v.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-            for k, v in tensors.items()
-        },
+        {k: v.detach().to("cpu", memory_format=torch.contiguous_format).contiguous() for k, v in tensors.items()},
         metadata,
     )
     write_bytes(path, content)

@@ -32,6 +32,7 @@ def read_folder(folder: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
     Raises:
         BadInput: a file is missing, too large, malformed, or the weights do not have the card's digest.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     folder = Path(folder)
@@ -41,9 +42,7 @@ def read_folder(folder: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
-        raise BadInput(
-            folder / CARD, f"{where}: {first['msg']}", "write the card with recon3d train"
-        ) from None
+        raise BadInput(folder / CARD, f"{where}: {first['msg']}", "write the card with recon3d train") from None
     content = _read(folder / WEIGHTS, _MAX_WEIGHT_BYTES)
     if card.sha256 is None:
         raise BadInput(folder / CARD, "sha256 is missing", f"add the SHA-256 of {WEIGHTS}")
@@ -53,7 +52,7 @@ def read_folder(folder: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
         raise BadInput(folder / WEIGHTS, why, "fetch both files again from the same place")
     try:
         tensors = load(content)
-    except Exception as error:  # safetensors raises its own type, which does not derive from ValueError
+    except SafetensorError as error:
         raise BadInput(folder / WEIGHTS, f"not a safetensors file ({error})", "fetch it again") from None
     return card, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
@@ -64,9 +63,7 @@ def write_folder(folder: str | Path, card: ModelCard, state: dict[str, Tensor]) 
     half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     for name, value in half.items():
         if not bool(torch.isfinite(value.float()).all()):
-            raise ValueError(
-                f"write_folder: {name} has values float16 cannot hold; train with a lower learning rate"
-            )
+            raise ValueError(f"write_folder: {name} has values float16 cannot hold; train with a lower learning rate")
     content = write_safetensors(folder / WEIGHTS, half)
     card = card.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
     write_text(folder / CARD, json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
@@ -90,9 +87,7 @@ def build_unet(card: ModelCard, state: dict[str, Tensor], path: str | Path) -> U
             net = UNet(config)
     except ValueError as error:
         first = str(error).splitlines()[0]
-        raise BadInput(
-            path / CARD, f"architecture does not describe a U-Net ({first})", "see UNetConfig"
-        ) from None
+        raise BadInput(path / CARD, f"architecture does not describe a U-Net ({first})", "see UNetConfig") from None
     wanted = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     hint = "the card and the weights belong to different networks"
     for name, shape in wanted.items():
@@ -106,9 +101,7 @@ def build_unet(card: ModelCard, state: dict[str, Tensor], path: str | Path) -> U
             raise BadInput(path / WEIGHTS, f"tensor {name} has values that are not finite", "fetch it again")
     extra = sorted(set(state) - set(wanted))
     if extra:
-        raise BadInput(
-            path / WEIGHTS, f"tensor {extra[0]} belongs to no layer of the card's architecture", hint
-        )
+        raise BadInput(path / WEIGHTS, f"tensor {extra[0]} belongs to no layer of the card's architecture", hint)
     filled = UNet(config)
     filled.load_state_dict(state)
     return filled

@@ -56,12 +56,8 @@ class UNet(nn.Module):
         width, emb = config.channels, config.embedding
         for c in width:
             if c % config.group_size:
-                raise ValueError(
-                    f"UNet: channels must be multiples of group_size={config.group_size}, got {c}"
-                )
-        self.embed = nn.Sequential(
-            nn.Linear(2 * _FREQUENCIES, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU()
-        )
+                raise ValueError(f"UNet: channels must be multiples of group_size={config.group_size}, got {c}")
+        self.embed = nn.Sequential(nn.Linear(2 * _FREQUENCIES, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem = nn.Conv2d(config.in_channels, width[0], 3, padding=1)
         self.down = nn.ModuleList()
         skips, c = [], width[0]
@@ -103,9 +99,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         m = self.config.multiple
         if x.ndim != 4 or x.shape[-1] % m or x.shape[-2] % m:
-            raise ValueError(
-                f"UNet: x must be [b, c, row, col] with sides multiples of {m}, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"UNet: x must be [b, c, row, col] with sides multiples of {m}, got {tuple(x.shape)}")
         phase = c_noise.float()[:, None] * self.frequencies
         with _fp32(x):
             emb = self.embed(torch.cat([phase.cos(), phase.sin()], dim=1))

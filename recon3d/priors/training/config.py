@@ -20,9 +20,7 @@ class SourceConfig(_Strict):
     """NIfTI volumes that share a sampling weight."""
 
     path: str = Field(description="file or glob of .nii / .nii.gz volumes, relative to DataConfig.root")
-    weight: float = Field(
-        1.0, gt=0, description="share of the crops drawn from this source, before normalisation"
-    )
+    weight: float = Field(1.0, gt=0, description="share of the crops drawn from this source, before normalisation")
     max_block_z: int = Field(
         1, ge=1, le=8, description="up to so many neighbouring slices are averaged (thicker slices)"
     )
@@ -47,9 +45,7 @@ class DataConfig(_Strict):
         (), description="file stems a glob must not bring in (the validation volume is always left out)"
     )
     plane: Literal["axial", "coronal", "sagittal"] = "axial"
-    clip: tuple[float, float] = Field(
-        (-1024.0, 3072.0), description="file values are clipped to this, then mapped"
-    )
+    clip: tuple[float, float] = Field((-1024.0, 3072.0), description="file values are clipped to this, then mapped")
     file_offset: float = Field(0.0, description="network value = (file value - file_offset) / file_scale")
     file_scale: float = Field(1000.0, gt=0)
     background: float = Field(-1024.0, description="file value outside the image (air)")
@@ -109,16 +105,12 @@ class TrainConfig(_Strict):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     ema_halflife_images: float = Field(8000.0, gt=0)
-    ema_ramp: float = Field(
-        0.05, gt=0, description="half-life is at most this share of the images seen so far"
-    )
+    ema_ramp: float = Field(0.05, gt=0, description="half-life is at most this share of the images seen so far")
     bfloat16: bool = Field(True, description="convolutions in bfloat16 where the device is fast at it")
     device: str = "cpu"
-    threads: int | None = Field(None, ge=1)
+    workers: int = Field(2, ge=1, description="shares of a batch computed side by side, one thread each, on a CPU")
     save_every_s: float = Field(120.0, gt=0)
-    save_every_steps: int | None = Field(
-        None, ge=1, description="checkpoint by step count instead of by the clock"
-    )
+    save_every_steps: int | None = Field(None, ge=1, description="checkpoint by step count instead of by the clock")
     validate_every_s: float = Field(600.0, gt=0)
     validate_every_steps: int | None = Field(None, ge=1)
     validation_sigmas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)
@@ -129,14 +121,10 @@ class TrainConfig(_Strict):
         if (self.steps is None) == (self.budget_minutes is None):
             raise ValueError("give exactly one of steps and budget_minutes")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
-            raise ValueError(
-                f"sigma_range must be [low, high] with 0 < low < high, got {list(self.sigma_range)}"
-            )
+            raise ValueError(f"sigma_range must be [low, high] with 0 < low < high, got {list(self.sigma_range)}")
         for crop in self.crops:
             if crop.size % self.network.multiple:
-                raise ValueError(
-                    f"crops: size must be a multiple of {self.network.multiple}, got {crop.size}"
-                )
+                raise ValueError(f"crops: size must be a multiple of {self.network.multiple}, got {crop.size}")
         return self
 
     @classmethod

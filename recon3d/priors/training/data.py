@@ -63,12 +63,8 @@ def load_volume(path: Path, data: DataConfig, weight: float = 1.0, max_block_z: 
         [volume[:, 0].ravel(), volume[:, -1].ravel(), volume[:, :, 0].ravel(), volume[:, :, -1].ravel()]
     )
     open_air = bool(np.median(np.abs(border - data.background)) < 0.1 * data.file_scale)
-    net = torch.from_numpy(
-        np.ascontiguousarray((volume - data.file_offset) / data.file_scale, dtype=np.float32)
-    )
-    return Volume(
-        Path(path).name.removesuffix(".gz").removesuffix(".nii"), net, spacing, weight, max_block_z, open_air
-    )
+    net = torch.from_numpy(np.ascontiguousarray((volume - data.file_offset) / data.file_scale, dtype=np.float32))
+    return Volume(Path(path).name.removesuffix(".gz").removesuffix(".nii"), net, spacing, weight, max_block_z, open_air)
 
 
 class SliceData:
@@ -82,9 +78,7 @@ class SliceData:
         skip = {*data.exclude, held_out.name.removesuffix(".gz").removesuffix(".nii")}
         self.volumes: list[Volume] = []
         for source in data.sources:
-            found = (
-                sorted(root.glob(source.path)) if not Path(source.path).is_absolute() else [Path(source.path)]
-            )
+            found = sorted(root.glob(source.path)) if not Path(source.path).is_absolute() else [Path(source.path)]
             found = [p for p in found if p.name.removesuffix(".gz").removesuffix(".nii") not in skip]
             if not found:
                 raise ValueError(f"training data: no volume matches {source.path!r} under {root}")
@@ -111,11 +105,7 @@ class SliceData:
         """Evenly spaced slices of the held-out volume, cut to the network's multiple, and fixed noise."""
         v = self.validation.values
         k = min(self.config.validation_slices, v.shape[0])
-        index = (
-            np.linspace(0, v.shape[0] - 1, k + 2).round().astype(int)[1:-1]
-            if k + 2 <= v.shape[0]
-            else np.arange(k)
-        )
+        index = np.linspace(0, v.shape[0] - 1, k + 2).round().astype(int)[1:-1] if k + 2 <= v.shape[0] else np.arange(k)
         m = self.config.network.multiple
         h, w = v.shape[1] // m * m, v.shape[2] // m * m
         clean = v[torch.from_numpy(index), :h, :w][:, None].contiguous()
@@ -130,9 +120,7 @@ class SliceData:
         p = np.array([v.weight for v in fits])
         volume = fits[int(rng.choice(len(fits), p=p / p.sum()))]
         zoom, angle = self._grid(rng, volume)
-        thick = min(
-            1 + int(rng.random() < 0.4) * int(rng.integers(1, 8)), volume.max_block_z, volume.values.shape[0]
-        )
+        thick = min(1 + int(rng.random() < 0.4) * int(rng.integers(1, 8)), volume.max_block_z, volume.values.shape[0])
         for _ in range(4):
             z = int(rng.integers(0, volume.values.shape[0] - thick + 1))
             x = volume.values[z] if thick == 1 else volume.values[z : z + thick].mean(dim=0)
@@ -156,15 +144,11 @@ class SliceData:
         low = max(data.zoom[0], data.spacing_mm[0] / native)
         high = min(data.zoom[1], data.spacing_mm[1] / native)
         if low >= high:  # a volume coarser or finer than everything asked for: nearest allowed spacing
-            low = high = (
-                data.spacing_mm[1] / native if native > data.spacing_mm[1] else data.spacing_mm[0] / native
-            )
+            low = high = data.spacing_mm[1] / native if native > data.spacing_mm[1] else data.spacing_mm[0] / native
         zoom = math.exp(rng.uniform(math.log(low), math.log(high)))
         return zoom, math.radians(data.rotate_deg) * (2 * rng.random() - 1)
 
-    def _cut(
-        self, rng: np.random.Generator, x: Tensor, size: int, zoom: float, angle: float, open_air: bool
-    ) -> Tensor:
+    def _cut(self, rng: np.random.Generator, x: Tensor, size: int, zoom: float, angle: float, open_air: bool) -> Tensor:
         h, w = x.shape
         if zoom == 1.0 and angle == 0.0 and open_air | (min(h, w) >= size):
             top, left = (_start(rng, n, size) for n in (h, w))

@@ -7,22 +7,24 @@ decays with the time used, counted across restarts.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from recon3d.io import BadInput
 from recon3d.priors.base import ModelCard
-from recon3d.priors.checkpoints.atomic import write_safetensors, write_text
+from recon3d.priors.checkpoints.atomic import write_safetensors
+from recon3d.priors.checkpoints.folder import write_folder
 from recon3d.priors.networks import EDMDenoiser, UNet
 from recon3d.priors.training.config import TrainConfig
+from recon3d.priors.training.curve import write_curve
 from recon3d.priors.training.data import SliceData
 
 __all__ = ["Progress", "TrainResult", "train"]
@@ -71,13 +73,18 @@ def train(
     Raises:
         ValueError: no training data, or `config.out` holds a run with other settings.
     """
+    # every thread of the run computes alone: two that meet at the end of a step wait for each other far less than two
+    # that meet after every operation, above all on a machine with other work
     threads = torch.get_num_threads()
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    on_cpu = torch.device(config.device).type == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
     try:
-        return _Run(config).go(progress, should_stop)
+        with ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return _Run(config, pool).go(progress, should_stop)
     finally:
-        torch.set_num_threads(threads)
+        if on_cpu:
+            torch.set_num_threads(threads)
 
 
 @dataclass
@@ -89,20 +96,24 @@ class _Counters:
 
 
 class _Run:
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, pool: ThreadPoolExecutor) -> None:
         self.config = config
+        self.pool = pool
         self.out = Path(config.out)
         self.data = SliceData(config)
         device = torch.device(config.device)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)  # the initial weights; nothing later draws from torch's generator
-            self.model = self._denoiser(device)
+        self.model = self._denoiser(device)
         self.device = device
         self.named = dict(self.model.net.named_parameters())
         self.ema = {k: p.detach().clone() for k, p in self.named.items()}
         self.adam = torch.optim.AdamW(
-            self.named.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            self.named.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
+        self.replicas = [self.model, *(self._replica() for _ in range(config.workers - 1))]
         self.count = _Counters()
         self.curve: list[dict[str, float]] = []
         self.latest: dict[float, float] = {}
@@ -110,9 +121,7 @@ class _Run:
         if self.checkpoint.exists():
             self._restore()
 
-    def go(
-        self, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool] | None
-    ) -> TrainResult:
+    def go(self, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool] | None) -> TrainResult:
         cfg, count = self.config, self.count
         before, started = count.elapsed_s, time.monotonic()
         saved_at = validated_at = started
@@ -122,9 +131,7 @@ class _Run:
             count.elapsed_s = before + now - started
             done = self._fraction() >= 1
             stop = not done and should_stop is not None and should_stop()
-            validated = (
-                _due(count.step, now - validated_at, cfg.validate_every_steps, cfg.validate_every_s) or done
-            )
+            validated = _due(count.step, now - validated_at, cfg.validate_every_steps, cfg.validate_every_s) or done
             if validated:
                 self._validate()
                 self.export()
@@ -160,37 +167,53 @@ class _Run:
 
     def _step(self) -> float:
         cfg, count = self.config, self.count
-        rate = (
-            cfg.learning_rate
-            * min(1.0, (count.step + 1) / max(1, cfg.warmup_steps))
-            * _cosine(self._fraction())
-        )
-        clean, sigma, noise = (t.to(self.device) for t in self.data.batch(count.step))
-        self.model.train()
-        with self._autocast():
-            loss = self.model.loss(clean.contiguous(memory_format=torch.channels_last), sigma, noise)
-        self.adam.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        rate = cfg.learning_rate * min(1.0, (count.step + 1) / max(1, cfg.warmup_steps)) * _cosine(self._fraction())
+        batch = tuple(t.to(self.device) for t in self.data.batch(count.step))
+        images = len(batch[0])
+        # shares are cut by the configuration alone and added in order: the sum does not depend on timing
+        shares = zip(*(t.tensor_split(min(cfg.workers, images)) for t in batch), strict=True)
+        jobs = zip(self.replicas, shares, strict=False)
+        losses = list(self.pool.map(lambda job: self._gradient(job[0], *job[1], images), jobs))
+        for replica in self.replicas[1 : len(losses)]:
+            for p, q in zip(self.named.values(), replica.net.parameters(), strict=True):
+                if p.grad is not None and q.grad is not None:
+                    p.grad.add_(q.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.named.values(), cfg.clip_norm)
         if not math.isfinite(float(norm)):
-            raise FloatingPointError(
-                f"train: the gradient is not finite at step {count.step}; lower learning_rate"
-            )
+            raise FloatingPointError(f"train: the gradient is not finite at step {count.step}; lower learning_rate")
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
         count.step += 1
-        count.images += clean.shape[0]
+        count.images += images
         half_life = min(cfg.ema_halflife_images, cfg.ema_ramp * count.images)
-        keep = 0.5 ** (clean.shape[0] / max(half_life, 1e-8))
+        keep = 0.5 ** (images / max(half_life, 1e-8))
         for k, p in self.named.items():
             self.ema[k].lerp_(p.detach(), 1 - keep)
-        value = float(loss.detach())
+        value = sum(losses)
         count.loss = value if math.isnan(count.loss) else count.loss + 0.01 * (value - count.loss)
         return rate
 
+    def _gradient(self, model: EDMDenoiser, clean: Tensor, sigma: Tensor, noise: Tensor, images: int) -> float:
+        """Gradient of a share's part of the batch mean, left in the model; returns that part of the loss."""
+        model.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss = model.loss(clean.contiguous(memory_format=torch.channels_last), sigma, noise)
+        loss = loss * (len(clean) / images)
+        torch.autograd.backward(loss)
+        return float(loss.detach())
+
+    def _replica(self) -> EDMDenoiser:
+        """A model over the same weights with gradients of its own."""
+        replica = self._denoiser(self.device)
+        for p, q in zip(self.model.net.parameters(), replica.net.parameters(), strict=True):
+            q.data = p.data
+        return replica
+
     def _denoiser(self, device: torch.device) -> EDMDenoiser:
-        net = UNet(self.config.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)  # the initial weights; nothing else draws from torch's generator
+            net = UNet(self.config.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return EDMDenoiser(net, self.config.sigma_data).to(device)
 
     def _autocast(self) -> torch.autocast:
@@ -216,24 +239,13 @@ class _Run:
                     d = model(x + level * z, torch.full((1,), level, device=self.device))
                 error += float((d - x).double().square().mean()) / clean.shape[0]
             self.latest[level] = 10 * math.log10(1 / error)
-            row[f"loss_sigma_{level:g}"] = (
-                error * (level**2 + cfg.sigma_data**2) / (level * cfg.sigma_data) ** 2
-            )
+            row[f"loss_sigma_{level:g}"] = error * (level**2 + cfg.sigma_data**2) / (level * cfg.sigma_data) ** 2
             row[f"psnr_db_sigma_{level:g}"] = self.latest[level]
         self.curve.append(row)
-        self._write_curve()
-
-    def _write_curve(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.curve[-1]))
-        writer.writeheader()
-        writer.writerows(self.curve)
-        write_text(self.out / "validation.csv", text.getvalue())
+        write_curve(self.out, self.curve)
 
     def export(self) -> None:
         """Write the EMA as it stands, with its card, into `out/prior`."""
-        from recon3d.priors.checkpoints.folder import write_folder
-
         write_folder(self.out / "prior", self._card(), self.ema)
 
     def _card(self) -> ModelCard:
@@ -285,12 +297,16 @@ class _Run:
         write_safetensors(self.checkpoint, tensors, meta)
 
     def _restore(self) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.checkpoint, framework="pt") as f:
-            meta: dict[str, str] = f.metadata()
-            tensors: dict[str, Tensor] = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        found = TrainConfig.model_validate_json(meta["config"])
+        try:
+            with safe_open(self.checkpoint, framework="pt") as f:
+                meta: dict[str, str] = f.metadata()
+                tensors: dict[str, Tensor] = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            found = TrainConfig.model_validate_json(meta["config"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            why = f"not a training checkpoint ({str(error).splitlines()[0]})"
+            raise BadInput(self.checkpoint, why, "delete it to train from the start") from None
         changed = _differences(found, self.config)
         if changed:
             raise ValueError(
@@ -306,9 +322,7 @@ class _Run:
                 self.adam.state[p] = {
                     "step": torch.tensor(float(self.count.step)),
                     "exp_avg": tensors[f"adam.exp_avg.{k}"].to(p).clone(memory_format=torch.preserve_format),
-                    "exp_avg_sq": tensors[f"adam.exp_avg_sq.{k}"]
-                    .to(p)
-                    .clone(memory_format=torch.preserve_format),
+                    "exp_avg_sq": tensors[f"adam.exp_avg_sq.{k}"].to(p).clone(memory_format=torch.preserve_format),
                 }
 
 

@@ -1,0 +1,519 @@
+"""Priors: noise paths, the network adapter, stored priors and the packaged CT prior."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recon3d.io import BadInput
+from recon3d.priors import ModelCard, Prior, check_plane, load_prior, packaged_priors
+from recon3d.priors.checkpoints import build_unet, read_folder, write_folder
+from recon3d.priors.network_prior import NetworkPrior, check_sigma, compute_dtype
+from recon3d.priors.networks import EDMDenoiser, UNet, UNetConfig
+from recon3d.priors.networks.edm import coefficients
+from recon3d.priors.paths import EDM, VE, VP, from_denoiser, rectified_flow, to_denoiser
+
+TINY = UNetConfig(channels=(8, 16, 16), blocks=1, embedding=16, group_size=8)
+MU_WATER = 0.0193
+
+
+# ---------------------------------------------------------------- noise paths
+
+# linear beta 1e-4 -> 0.02, 1000 steps: computed once in exact rational products, printed to three digits
+VP_TABLE = {
+    0: 0.0100, 10: 0.0469, 20: 0.0794, 40: 0.144, 100: 0.342, 200: 0.724, 300: 1.24, 400: 2.04,
+    500: 3.44, 600: 6.17, 700: 12.0, 800: 25.7, 900: 60.8, 980: 130, 999: 157,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("t", VP_TABLE)
+def test_vp_schedule_facts(t):
+    assert VP().sigma(t) == pytest.approx(VP_TABLE[t], rel=6e-3)
+
+
+@pytest.mark.parametrize(("sigma", "t"), [(0.1, 26), (0.5, 144), (1, 258), (2, 396), (5, 565), (10, 674), (50, 878)])
+def test_vp_inverse_facts(sigma, t):
+    assert round(VP().time(sigma)) == t
+
+
+def test_vp_agrees_with_cumulative_product():
+    beta = np.linspace(1e-4, 0.02, 1000)
+    abar = np.cumprod(1 - beta)
+    path = VP()
+    for t in (0, 1, 500, 999):
+        assert path.sigma(t) == pytest.approx(math.sqrt((1 - abar[t]) / abar[t]), rel=1e-11)
+        assert path.s(t) == pytest.approx(math.sqrt(abar[t]), rel=1e-11)
+
+
+PATHS = {"vp": (VP(), 999.0), "vp-100": (VP(1e-3, 0.2, 100), 99.0), "ve": (VE(), 1.0), "edm": (EDM(), 80.0)}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_time_inverts_sigma(name):
+    path, end = PATHS[name]
+    for t in np.linspace(0.003 if name == "edm" else 0.0, end, 41):
+        assert path.time(path.sigma(t)) == pytest.approx(t, rel=1e-12, abs=1e-12 * end)
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("kind", ["x0", "eps", "score", "v", "flow"])
+def test_conversions_round_trip(name, kind):
+    path, end = PATHS[name]
+    g = torch.Generator().manual_seed(3)
+    x0, eps = (
+        torch.randn(2, 1, 5, 7, dtype=torch.float64, generator=g),
+        torch.randn(2, 1, 5, 7, dtype=torch.float64, generator=g),
+    )
+    for t in (0.1 * end, 0.4 * end, 0.9 * end):
+        sigma, s = path.sigma(t), path.s(t)
+        u = x0 + sigma * eps
+        d = 0.7 * x0 + 0.1 * u
+        output = from_denoiser(d, u, sigma, kind, s)
+        back = to_denoiser(output, u, sigma, kind, s)
+        assert (back - d).abs().max() <= 1e-12 * max(1.0, sigma)
+        # and against the textbook form of each, with the true x0 in place of D
+        truth = {
+            "x0": x0,
+            "eps": eps,
+            "score": -eps / (s * sigma),
+            "v": (eps - sigma * x0) / math.sqrt(1 + sigma**2),
+            "flow": eps - x0,
+        }[kind]
+        assert (to_denoiser(truth, u, sigma, kind, s) - x0).abs().max() <= 1e-12 * max(1.0, sigma)
+
+
+def test_vp_eps_network_in_its_own_coordinates():
+    """D = (x_t - sqrt(1-abar) eps) / sqrt(abar) is what the canonical form says."""
+    path, t = VP(), 300
+    abar = path.s(t) ** 2
+    x_t, eps = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    own = (x_t - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+    assert (to_denoiser(eps, x_t / path.s(t), path.sigma(t), "eps") - own).abs().max() < 1e-12
+
+
+def test_flow_clock():
+    t, s = rectified_flow(3.0)
+    assert (t, s) == (0.75, 0.25)
+    x_t, v = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    assert (to_denoiser(v, x_t / s, 3.0, "flow") - (x_t - t * v)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: VP(steps=1), lambda: VP(0.1, 0.01), lambda: VP().sigma(1000), lambda: VP().time(1e-3),
+        lambda: VP().time(float("nan")), lambda: VE(1.0, 0.5), lambda: VE().sigma(1.5), lambda: VE().time(1e4),
+        lambda: EDM().sigma(0.0), lambda: to_denoiser(torch.zeros(1), torch.zeros(1), -1.0, "eps"),
+        lambda: to_denoiser(torch.zeros(1), torch.zeros(1), 1.0, "epsilon"),
+        lambda: from_denoiser(torch.zeros(1), torch.zeros(1), 1.0, "epsilon"),
+    ],
+)  # fmt: skip
+def test_paths_reject(call):
+    with pytest.raises(ValueError, match="got"):
+        call()
+
+
+# ---------------------------------------------------------------- card
+
+
+def test_check_plane():
+    card = ModelCard(name="p", plane="axial", spacing_mm=(0.8, 2.2))
+    assert check_plane(card, "axial", 1.1) is None
+    assert check_plane(card, "axial", (0.8, 2.2)) is None
+    assert "coronal" in check_plane(card, "coronal", (1.1, 5.0))
+    message = check_plane(card, "axial", (1.1, 5.0))
+    assert "1.1 x 5 mm" in message and "0.8 to 2.2 mm" in message and "\n" not in message
+    anything = ModelCard(name="oracle")
+    assert check_plane(anything, "sagittal", 9.0) is None
+
+
+def test_check_sigma():
+    card = ModelCard(name="p", sigma_range=(0.003, 4.0))
+    assert check_sigma(card, 2.0, 0.005) is None
+    assert "got 10" in check_sigma(card, 10.0)
+    assert "stop at" in check_sigma(card, 2.0, 1e-4)
+    assert check_sigma(ModelCard(name="oracle"), 1e3) is None
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"scale": 0.0},
+        {"scale": float("inf")},
+        {"spacing_mm": (2, 1)},
+        {"plane": "oblique"},
+        {"colour": 1},
+        {"sha256": "x"},
+    ],
+)
+def test_card_rejects(bad):
+    with pytest.raises(ValueError):
+        ModelCard(name="p", **bad)
+
+
+# ---------------------------------------------------------------- adapter
+
+
+def _net(seed: int = 0) -> UNet:
+    torch.manual_seed(seed)
+    net = UNet(TINY)
+    with torch.no_grad():  # the zero-initialised layers would hide everything
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def _card(**changes) -> ModelCard:
+    fields = {"name": "tiny", "offset": MU_WATER, "scale": MU_WATER, "unit": "1/mm", "sigma_data": 0.5}
+    return ModelCard(**fields, architecture={"family": "unet", **TINY.model_dump(mode="json")}, **changes)
+
+
+def _state(*shape: int, seed: int = 1) -> torch.Tensor:
+    return MU_WATER * (1 + 0.5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.fixture
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def test_edm_coefficients():
+    sigma = torch.tensor([0.01, 0.5, 3.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = coefficients(sigma, 0.5)
+    # unit variance in, unit variance target, and D -> u as sigma -> 0
+    assert torch.allclose(c_in**2 * (sigma**2 + 0.25), torch.ones(3, dtype=torch.float64))
+    assert torch.allclose(c_out**2, (1 - c_skip) ** 2 * 0.25 + c_skip**2 * sigma**2)
+    assert torch.allclose(c_noise.mul(4).exp(), sigma) and c_skip[0] > 0.999
+
+
+def test_loss_of_an_untrained_network_is_its_target_variance():
+    model = EDMDenoiser(UNet(TINY), 0.5)  # its head is zero: D = c_skip u
+    x = 0.5 * torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert model.loss(x, torch.full((64,), 0.2), noise).item() == pytest.approx(1.0, abs=0.03)
+
+
+def test_adapter_is_the_preconditioned_network_in_user_units():
+    net = _net()
+    truth = EDMDenoiser(net, 0.5)
+    u, sigma = _state(2, 1, 16, 24), 0.3 * MU_WATER
+    with torch.no_grad():
+        want = truth((u - MU_WATER) / MU_WATER, torch.full((2,), 0.3)) * MU_WATER + MU_WATER
+    prior = NetworkPrior(net, _card(), precision="float32")
+    got = prior.denoise(u, sigma)
+    assert isinstance(prior, Prior)
+    assert (got - want).abs().max() <= 2e-6 * MU_WATER
+    assert not got.requires_grad and not prior._net.training
+
+
+def test_adapter_scales_with_its_unit():
+    a = NetworkPrior(_net(), _card(), precision="float32")
+    b = NetworkPrior(_net(), _card().model_copy(update={"offset": 0.0, "scale": 1.0}), precision="float32")
+    u = _state(1, 1, 16, 16)
+    want = b.denoise((u - MU_WATER) / MU_WATER, 0.2) * MU_WATER + MU_WATER
+    assert (a.denoise(u, 0.2 * MU_WATER) - want).abs().max() <= 2e-6 * MU_WATER
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 7), (5, 3), (61, 53), (8, 8), (9, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_size_keeps_shape_and_dtype(shape, dtype):
+    prior = NetworkPrior(_net(), _card(), precision="float32")
+    u = _state(1, 1, *shape).to(dtype)
+    out = prior.denoise(u, 0.1 * MU_WATER)
+    assert out.shape == u.shape and out.dtype == dtype and bool(torch.isfinite(out).all())
+
+
+def test_padding_reflects():
+    """An image with a mirrored right and lower rim gives, where it was, what the bare image gives."""
+    prior = NetworkPrior(_net(), _card(), precision="float32")
+    u = _state(1, 1, 13, 14)
+    whole = torch.nn.functional.pad(u, (0, 2, 0, 3), mode="reflect")
+    assert torch.equal(prior.denoise(u, 0.1 * MU_WATER), prior.denoise(whole, 0.1 * MU_WATER)[..., :13, :14])
+
+
+def test_empty_batch_and_no_aliasing():
+    prior = NetworkPrior(_net(), _card())
+    assert prior.denoise(torch.zeros(0, 1, 8, 8), 0.01).shape == (0, 1, 8, 8)
+    u = _state(1, 1, 8, 8)
+    kept = u.clone()
+    prior.denoise(u, 0.01)
+    assert torch.equal(u, kept)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_batch_never_changes_a_slice(precision, one_thread):
+    prior = NetworkPrior(_net(), _card(), precision=precision)
+    u = _state(5, 1, 40, 33)
+    alone = torch.cat([prior.denoise(u[k : k + 1], 0.2 * MU_WATER) for k in range(5)])
+    assert torch.equal(prior.denoise(u, 0.2 * MU_WATER), alone)
+    order = torch.tensor([3, 0, 4])
+    assert torch.equal(prior.denoise(u[order], 0.2 * MU_WATER), alone[order])
+    # a view with other strides holds the same slices
+    assert torch.equal(prior.denoise(u.transpose(2, 3).contiguous().transpose(2, 3), 0.2 * MU_WATER), alone)
+
+
+def test_threads_share_a_prior(one_thread):
+    prior = NetworkPrior(_net(), _card())
+    u = _state(8, 1, 32, 32)
+    want = prior.denoise(u, 0.2 * MU_WATER)
+    got: dict[int, torch.Tensor] = {}
+
+    def work(k: int) -> None:
+        torch.set_num_threads(1)
+        got[k] = prior.denoise(u[k : k + 1], 0.2 * MU_WATER)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert torch.equal(torch.cat([got[k] for k in range(8)]), want)
+
+
+def test_gradient_only_when_asked():
+    u = _state(1, 1, 16, 16).requires_grad_()
+    assert not NetworkPrior(_net(), _card()).denoise(u, 0.01).requires_grad
+    prior = NetworkPrior(_net(), _card(), precision="float32", differentiable=True)
+    prior.denoise(u, 0.3 * MU_WATER).square().sum().backward()
+    step = torch.randn(u.shape, generator=torch.Generator().manual_seed(0)) * 1e-4
+    with torch.no_grad():
+        up, down = (prior.denoise(u + s * step, 0.3 * MU_WATER).double().square().sum() for s in (1, -1))
+    assert float((u.grad * step).sum()) == pytest.approx(float(up - down) / 2, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("u", "sigma", "cond", "says"),
+    [
+        (torch.zeros(1, 2, 8, 8), 0.1, None, r"\[batch, 1, row, col\].*\(1, 2, 8, 8\)"),
+        (torch.zeros(8, 8), 0.1, None, "row, col"),
+        (torch.zeros(1, 1, 8, 8), 0.0, None, "sigma must be positive"),
+        (torch.zeros(1, 1, 8, 8), float("nan"), None, "sigma must be positive"),
+        (torch.zeros(1, 1, 8, 8), 0.1, torch.zeros(1), "takes no condition"),
+        (torch.zeros(1, 1, 8, 8, device="meta"), 0.1, None, "u is on meta"),
+    ],
+)
+def test_denoise_rejects(u, sigma, cond, says):
+    with pytest.raises(ValueError, match=says):
+        NetworkPrior(_net(), _card()).denoise(u, sigma, cond)
+
+
+def test_precision_choice():
+    cpu = torch.device("cpu")
+    assert compute_dtype(cpu, "float32") is torch.float32 and compute_dtype(cpu, "bfloat16") is torch.bfloat16
+    assert compute_dtype(torch.device("meta")) is torch.float32
+    with pytest.raises(ValueError, match="precision"):
+        compute_dtype(cpu, "half")
+
+
+def test_unet_rejects_sides_it_cannot_halve():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        UNet(TINY)(torch.zeros(1, 1, 6, 8), torch.zeros(1))
+    with pytest.raises(ValueError, match="group_size"):
+        UNet(UNetConfig(channels=(12,), group_size=8))
+
+
+# ---------------------------------------------------------------- stored priors
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_folder(tmp_path / "p", _card(), _net().state_dict())
+    return tmp_path / "p"
+
+
+def _rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the weights and make the card's digest agree."""
+    from safetensors.torch import save
+
+    content = save(tensors)
+    (folder / "model.safetensors").write_bytes(content)
+    card = json.loads((folder / "card.json").read_text())
+    card["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "card.json").write_text(json.dumps(card))
+
+
+def test_folder_round_trip(folder):
+    prior = load_prior(folder, precision="float32")
+    u = _state(1, 1, 16, 16)
+    half = UNet(TINY)
+    half.load_state_dict({k: v.half().float() for k, v in _net().state_dict().items()})
+    want = NetworkPrior(half, _card(), precision="float32").denoise(u, 0.01)
+    assert torch.equal(prior.denoise(u, 0.01), want)
+    assert prior.card.sha256 == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert sorted(p.name for p in folder.iterdir()) == ["card.json", "model.safetensors"]
+
+
+def _load(folder: Path) -> None:
+    card, state = read_folder(folder)
+    build_unet(card, state, folder)
+
+
+def test_weights_of_another_digest(folder):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(BadInput, match="SHA-256"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "extra", "nan"])
+def test_tensors_are_named(folder, change):
+    _, state = read_folder(folder)
+    name = "down.0.0.conv1.weight"
+    if change == "missing":
+        del state[name]
+    elif change == "shape":
+        state[name] = state[name][:1].clone()
+    elif change == "nan":
+        state[name][0, 0, 0, 0] = float("nan")
+    else:
+        state["surplus"] = torch.zeros(1)
+    _rewrite(folder, state)
+    with pytest.raises(BadInput, match="surplus" if change == "extra" else name):
+        _load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("scale", -1, "scale"),
+        ("format", "recon3d-prior/9", "format"),
+        ("sha256", None, "sha256"),
+        ("architecture", {"family": "transformer"}, "family"),
+        ("architecture", {"family": "unet", "channels": [7]}, "architecture"),
+        ("architecture", {"family": "unet", "depth": 3}, "architecture"),
+        ("architecture", {"family": "unet", "channels": [4096] * 9}, "architecture"),
+    ],
+)
+def test_cards_that_do_not_fit(folder, field, value, says):
+    card = json.loads((folder / "card.json").read_text())
+    card[field] = value
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(BadInput, match=says):
+        _load(folder)
+
+
+def test_missing_and_oversized_files(folder, tmp_path):
+    with pytest.raises(BadInput, match="no such prior"):
+        load_prior(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="cannot be read"):
+        _load(tmp_path)
+    (folder / "card.json").write_bytes(b" " * (2 << 20))
+    with pytest.raises(BadInput, match="at most"):
+        _load(folder)
+
+
+@pytest.mark.parametrize("which", ["card.json", "model.safetensors"])
+def test_a_hundred_malformed_files(folder, which):
+    good = (folder / which).read_bytes()
+    rng = np.random.default_rng(5)
+    for k in range(100):
+        bad = bytearray(good)
+        if k % 4 == 0:
+            bad = bytearray(good[: int(rng.integers(0, len(good)))])
+        elif k % 4 == 1:
+            bad[:64] = rng.bytes(64)
+        elif k % 4 == 2:
+            bad = bytearray(rng.bytes(200))
+        else:
+            bad[8:40] = b"{" * 32
+        if which == "model.safetensors":
+            (folder / which).write_bytes(bad)
+            card = json.loads((folder / "card.json").read_text())
+            card["sha256"] = hashlib.sha256(bad).hexdigest()
+            (folder / "card.json").write_text(json.dumps(card))
+        else:
+            (folder / which).write_bytes(bad)
+        with pytest.raises(BadInput) as caught:
+            _load(folder)
+        assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+def test_weights_that_float16_cannot_hold(tmp_path):
+    state = _net().state_dict()
+    state["stem.bias"][0] = 1e6
+    with pytest.raises(ValueError, match=r"stem\.bias"):
+        write_folder(tmp_path / "p", _card(), state)
+
+
+# ---------------------------------------------------------------- the packaged CT prior
+
+
+@pytest.fixture(scope="module")
+def ct() -> NetworkPrior:
+    if "ct" not in packaged_priors():
+        pytest.skip("no packaged CT prior in this checkout")
+    return load_prior("ct")
+
+
+def test_ct_card(ct):
+    card = ct.card
+    assert card.plane == "axial" and card.unit == "1/mm"
+    assert card.offset == card.scale == MU_WATER == ct.offset == ct.scale
+    assert "demonstrator" in card.statement and card.licence and len(card.attribution) >= 5
+    assert card.validation["volume"] == "ct_chest_pyrad_lung1"
+    assert card.training_data and "ct_chest_pyrad_lung1" not in card.training_data
+    import recon3d.priors
+
+    weights = Path(recon3d.priors.__file__).parent / "packaged" / "ct" / "model.safetensors"
+    assert weights.stat().st_size <= 16 << 20
+
+
+def _phantom() -> torch.Tensor:
+    """A body-like ellipse with lungs, spine and air around, in 1/mm."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 480), torch.linspace(-1, 1, 480), indexing="ij")
+    hu = torch.full((480, 480), -1000.0)
+    hu[(x / 0.85) ** 2 + (y / 0.6) ** 2 < 1] = 40
+    for side in (-0.4, 0.4):
+        hu[((x - side) / 0.28) ** 2 + ((y + 0.05) / 0.4) ** 2 < 1] = -850
+    hu[x**2 + ((y - 0.4) / 0.9) ** 2 < 0.01] = 500
+    # a pixel is the mean over its area
+    return torch.nn.functional.avg_pool2d(MU_WATER * (1 + hu / 1000)[None, None], 3)
+
+
+@pytest.mark.parametrize(("sigma", "factor"), [(0.1, 2.5), (0.3, 4.0), (1.0, 4.0)])
+def test_ct_denoises(ct, sigma, factor):
+    """On a phantom it never saw, the error is well below the noise."""
+    x = _phantom()
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+    d = ct.denoise(x + sigma * MU_WATER * noise, sigma * MU_WATER)
+    rmse = float((d - x).square().mean().sqrt()) / MU_WATER
+    assert rmse < sigma / factor
+
+
+def test_ct_precisions_agree(ct):
+    """bfloat16 moves the estimate by a few per cent of the error it has anyway."""
+    x = _phantom()
+    exact = load_prior("ct", precision="float32")
+    coarse = load_prior("ct", precision="bfloat16")
+    for sigma in (0.02, 0.3):
+        u = x + sigma * MU_WATER * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+        a, b = exact.denoise(u, sigma * MU_WATER), coarse.denoise(u, sigma * MU_WATER)
+        assert (a - b).square().mean().sqrt() < 0.2 * (a - x).square().mean().sqrt()
+
+
+def test_ct_on_the_held_out_chest(ct):
+    root = Path(os.environ.get("RECON3D_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    path = root / "ct" / "ct_chest_pyrad_lung1.nii.gz"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    import nibabel
+
+    hu = np.asarray(nibabel.load(path).dataobj, dtype=np.float32)[:, :, 24].T
+    x = MU_WATER * (1 + torch.from_numpy(hu.copy()) / 1000)[None, None]
+    for sigma, decibel in ((0.05, 33.0), (0.1, 30.0), (0.3, 25.0)):
+        u = x + sigma * MU_WATER * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        d = ct.denoise(u, sigma * MU_WATER)
+        mse = float(((d - x) / MU_WATER).double().square().mean())
+        assert 10 * math.log10(1 / mse) > decibel

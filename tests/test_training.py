@@ -1,0 +1,343 @@
+"""Training: what the network is shown, and that a run killed at any moment goes on to the same bits."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from recon3d.priors import load_prior
+from recon3d.priors.checkpoints.atomic import write_bytes
+from recon3d.priors.training import TrainConfig, train
+from recon3d.priors.training.data import SliceData, load_volume
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def _volume(path: Path, seed: int, shape=(40, 36, 6), spacing=(1.0, 1.0, 3.0), axes="LPS") -> np.ndarray:
+    """Write discs of soft tissue in air; returns the array in L, P, S order."""
+    rng = np.random.default_rng(seed)
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    hu = np.full(shape, -1000.0)
+    hu[(x / 0.8) ** 2 + (y / 0.7) ** 2 < 1] = 40
+    for _k in range(3):
+        cx, cy = rng.uniform(-0.4, 0.4, 2)
+        hu[(x - cx) ** 2 + (y - cy) ** 2 < 0.03] = rng.choice([-800, 400])
+    lps = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])  # voxel axes run to the left, back and head
+    image = nibabel.Nifti1Image(hu.astype(np.int16), lps)
+    if axes != "LPS":
+        have = nibabel.orientations.axcodes2ornt(("L", "P", "S"))
+        want = nibabel.orientations.axcodes2ornt(tuple(axes))
+        image = image.as_reoriented(nibabel.orientations.ornt_transform(have, want))
+    nibabel.save(image, path)
+    return hu
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> dict:
+    """A run of seconds, as its YAML would read."""
+    for k in range(2):
+        _volume(tmp_path / f"train{k}.nii.gz", k)
+    _volume(tmp_path / "held.nii.gz", 9)
+    return {
+        "out": str(tmp_path / "run"),
+        "seed": 4,
+        "workers": 1,
+        "steps": 8,
+        "network": {"channels": [8, 16], "blocks": 1, "embedding": 16, "group_size": 8},
+        "data": {
+            "root": str(tmp_path),
+            "validation": "held.nii.gz",
+            "sources": [{"path": "*.nii.gz", "max_block_z": 2}],
+            "zoom": [0.8, 1.4],
+        },
+        "crops": [{"size": 16, "batch": 4, "share": 3}, {"size": 32, "batch": 2}],
+        "warmup_steps": 3,
+        "save_every_steps": 2,
+        "validate_every_steps": 4,
+        "validation_slices": 2,
+        "validation_sigmas": [0.1, 0.5],
+        "bfloat16": False,
+        "card": {"name": "tiny", "offset": 0.0193, "scale": 0.0193, "unit": "1/mm"},
+    }
+
+
+def _config(raw: dict, **changes) -> TrainConfig:
+    return TrainConfig.model_validate({**raw, **changes})
+
+
+def _files(out: Path) -> dict[str, bytes]:
+    names = ("prior/model.safetensors", "checkpoint.safetensors")
+    return {n: (out / n).read_bytes() for n in names}
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_held_out_volume_is_never_trained_on(raw):
+    data = SliceData(_config(raw))
+    assert [v.name for v in data.volumes] == ["train0", "train1"]
+    assert data.validation.name == "held"
+
+
+def test_exclude_and_empty_sources(raw):
+    raw["data"]["exclude"] = ["train0"]
+    assert [v.name for v in SliceData(_config(raw)).volumes] == ["train1"]
+    raw["data"]["exclude"] = ["train0", "train1"]
+    with pytest.raises(ValueError, match="no volume matches"):
+        SliceData(_config(raw))
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "SPL", "PIR"])
+def test_rows_run_to_the_back_and_columns_to_the_left(raw, tmp_path, axes):
+    hu = _volume(tmp_path / "turned.nii.gz", 3, spacing=(1.0, 1.5, 3.0), axes=axes)
+    volume = load_volume(tmp_path / "turned.nii.gz", _config(raw).data)
+    assert np.allclose(volume.values.numpy(), hu.transpose(2, 1, 0) / 1000)
+    assert volume.spacing_mm == pytest.approx((3.0, 1.5, 1.0))
+    assert volume.open_air
+
+
+def test_other_planes(raw, tmp_path):
+    hu = _volume(tmp_path / "v.nii.gz", 3, spacing=(1.0, 1.5, 3.0))
+    for plane, order, spacing in (("coronal", (1, 2, 0), (1.5, 3.0, 1.0)), ("sagittal", (0, 2, 1), (1.0, 3.0, 1.5))):
+        volume = load_volume(tmp_path / "v.nii.gz", _config(raw, data={**raw["data"], "plane": plane}).data)
+        assert np.allclose(volume.values.numpy(), hu.transpose(order) / 1000)
+        assert volume.spacing_mm == pytest.approx(spacing)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(raw):
+    a, b, other = SliceData(_config(raw)), SliceData(_config(raw)), SliceData(_config(raw, seed=5))
+    b.batch(3)
+    for x, y in zip(a.batch(7), b.batch(7), strict=True):
+        assert torch.equal(x, y)
+    assert not torch.equal(a.batch(7)[0], a.batch(8)[0]) or not torch.equal(a.batch(7)[1], a.batch(8)[1])
+    assert not torch.equal(a.batch(7)[1], other.batch(7)[1])
+
+
+def test_native_crops_are_the_voxels_themselves(raw):
+    """No interpolation, no jitter asked for: every crop is a window of a slice, possibly flipped."""
+    raw["data"] |= {
+        "native_share": 1.0,
+        "gain_jitter": 0.0,
+        "offset_jitter": 0.0,
+        "sources": [{"path": "train0.nii.gz"}],
+    }
+    raw["crops"] = [{"size": 16, "batch": 2}]
+    data = SliceData(_config(raw))
+    values = data.volumes[0].values
+    windows = values.unfold(1, 16, 1).unfold(2, 16, 1)  # z, row, col, 16, 16
+    for step in range(4):
+        for crop in data.batch(step)[0][:, 0]:
+            flips = [crop, crop.flip(0), crop.flip(1), crop.flip(0, 1)]
+            assert any(((windows - f).abs().amax((-1, -2)) < 1e-6).any() for f in flips)
+
+
+def test_zoom_and_rotation_keep_geometry(raw):
+    """A crop of a linear ramp is a ramp with the slope and direction the grid says, at pixel centres."""
+    data = SliceData(_config(raw))
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    ramp = 0.01 * (2 * y + x)
+    for zoom, angle in ((1.3, 0.2), (0.8, -0.1), (1.0, 0.15)):
+        crop = data._cut(np.random.default_rng(0), ramp, 24, zoom, angle, False)
+        c, s = np.cos(angle) * zoom, np.sin(angle) * zoom
+        down, right = crop[8:-8, 8:-8].diff(dim=0).mean(), crop[8:-8, 8:-8].diff(dim=1).mean()
+        assert float(down) == pytest.approx(0.01 * (2 * c + s), rel=0.02)  # torch's cubic kernel is not exact on ramps
+        assert float(right) == pytest.approx(0.01 * (c - 2 * s), rel=0.02)  # torch's cubic kernel is not exact on ramps
+
+
+def test_noise_levels_follow_the_distribution(raw):
+    cfg = _config(raw, log_sigma_mean=-1.5, log_sigma_std=1.2, sigma_range=[1e-6, 1e6])
+    data = SliceData(cfg)
+    logs = torch.cat([data.batch(k)[1] for k in range(300)]).log()
+    assert float(logs.mean()) == pytest.approx(-1.5, abs=0.08)
+    assert float(logs.std()) == pytest.approx(1.2, abs=0.08)
+
+
+def test_slices_are_thickened_only_where_allowed(raw):
+    raw["data"] |= {"native_share": 1.0, "gain_jitter": 0.0, "offset_jitter": 0.0}
+    raw["data"]["sources"] = [{"path": "train0.nii.gz", "max_block_z": 1}]
+    data = SliceData(_config(raw))
+    seen = torch.cat([data.batch(k)[0].flatten() for k in range(20)]).unique()
+    allowed = torch.cat([data.volumes[0].values.flatten().unique(), torch.tensor([-1.024])])
+    assert bool((torch.cdist(seen[:, None], allowed[:, None]).amin(dim=1) < 1e-6).all())
+
+
+@pytest.mark.parametrize("values", [np.zeros((4, 4), np.float32), np.full((4, 4, 4), np.nan, np.float32)])
+def test_volumes_that_cannot_train(raw, tmp_path, values):
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "bad.nii.gz")
+    with pytest.raises(ValueError, match=r"bad\.nii\.gz"):
+        load_volume(tmp_path / "bad.nii.gz", _config(raw).data)
+
+
+# ---------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"budget_minutes": 1}, "exactly one of steps and budget_minutes"),
+        ({"steps": None}, "exactly one of steps and budget_minutes"),
+        ({"learning_rat": 1e-3}, "learning_rat"),
+        ({"crops": [{"size": 9}]}, "multiple of"),
+        ({"sigma_range": [1, 0.1]}, "sigma_range"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_config_rejects(raw, changes, says):
+    with pytest.raises(ValueError, match=says):
+        _config(raw, **changes)
+
+
+def test_config_from_yaml(raw, tmp_path):
+    import yaml
+
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    assert TrainConfig.load(tmp_path / "c.yaml") == _config(raw)
+    (tmp_path / "c.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="mapping"):
+        TrainConfig.load(tmp_path / "c.yaml")
+
+
+def test_the_packaged_configuration_reads():
+    config = TrainConfig.load(CHECKOUT / "docs" / "train_ct.yaml")
+    assert config.card.name == "ct" and config.card.scale == config.card.offset == 0.0193
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_learns_and_reports(raw):
+    seen = []
+    result = train(_config(raw, steps=150, learning_rate=3e-3, validate_every_steps=50), seen.append)
+    assert result.finished and [p.step for p in seen] == list(range(1, 151))
+    assert seen[-1].fraction == 1.0 and seen[-1].saved
+    rows = list(csv.DictReader((result.out / "validation.csv").open()))
+    assert [int(r["step"]) for r in rows] == [50, 100, 150]
+    for sigma in ("0.1", "0.5"):
+        assert float(rows[-1][f"psnr_db_sigma_{sigma}"]) > float(rows[0][f"psnr_db_sigma_{sigma}"])
+    # better than no denoising at all: PSNR of the noise is -20 log10(sigma)
+    assert result.validation[0.5] > 6.02 + 6
+    assert (result.out / "validation.png").read_bytes().startswith(b"\x89PNG")
+    prior = load_prior(result.prior)
+    assert prior.card.name == "tiny" and prior.card.training["steps"] == 150
+    assert prior.card.training_data == ("train0", "train1") and prior.card.validation["volume"] == "held"
+    assert prior.card.value_range == pytest.approx((0.0193 * (1 - 1.024), 0.0193 * 4.072))
+
+
+def test_global_state_is_left_alone(raw):
+    torch.manual_seed(1)
+    want, threads = torch.rand(1), torch.get_num_threads()
+    torch.manual_seed(1)
+    train(_config(raw, steps=2))
+    assert torch.equal(torch.rand(1), want) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_stopped_and_resumed_to_the_bit(raw, tmp_path, bfloat16):
+    whole = train(_config(raw, bfloat16=bfloat16))
+    cut = _config(raw, bfloat16=bfloat16, out=str(tmp_path / "cut"))
+    steps = []
+    stopped = train(cut, lambda p: steps.append(p.step), lambda: len(steps) >= 3)
+    assert not stopped.finished and stopped.step == 3 and (tmp_path / "cut/prior/card.json").exists()
+    resumed = train(cut, lambda p: steps.append(p.step))
+    assert resumed.finished and steps == list(range(1, 9))
+    a, b = _files(whole.out), _files(resumed.out)
+    assert a["prior/model.safetensors"] == b["prior/model.safetensors"]
+    assert _tensors(a["checkpoint.safetensors"]) == _tensors(b["checkpoint.safetensors"])
+    first, second = ((r.out / "validation.csv").read_text().splitlines() for r in (whole, resumed))
+    assert [_timeless(r) for r in first] == [_timeless(r) for r in second]
+
+
+def _tensors(content: bytes) -> dict[str, bytes]:
+    from safetensors.torch import load
+
+    return {k: v.numpy().tobytes() for k, v in load(content).items()}
+
+
+def _timeless(row: str) -> list[str]:
+    cells = row.split(",")
+    return cells[:2] + cells[3:]  # without elapsed_s
+
+
+def test_killed_and_resumed_to_the_bit(raw, tmp_path):
+    """kill -9 at moments nobody chose, again and again, until the run is through."""
+    import yaml
+
+    raw["steps"] = 30
+    whole = train(_config(raw))
+    raw["out"] = str(tmp_path / "killed")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
+    script = (
+        "import sys; from recon3d.priors.training import TrainConfig, train\n"
+        "train(TrainConfig.load(sys.argv[1]), lambda p: print(p.step, flush=True))"
+    )
+    kills = 0
+    for attempt in range(12):
+        run = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "c.yaml")],
+            cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+        )  # fmt: skip
+        lines = 0
+        while attempt < 3 and run.poll() is None:
+            if run.stdout.readline():
+                lines += 1
+            if lines >= 5 + attempt:
+                time.sleep(0.003 * attempt)
+                run.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+        run.stdout.read()
+        if run.wait(timeout=120) == 0:
+            break
+    else:
+        pytest.fail("never finished")
+    assert kills >= 2
+    assert _files(whole.out)["prior/model.safetensors"] == _files(tmp_path / "killed")["prior/model.safetensors"]
+    assert not list((tmp_path / "killed").glob(".*.tmp")) or kills
+
+
+def test_another_configuration_does_not_resume(raw):
+    train(_config(raw, steps=2))
+    with pytest.raises(ValueError, match="learning_rate"):
+        train(_config(raw, steps=4, learning_rate=1e-5))
+    assert train(_config(raw, steps=4)).step == 4
+
+
+def test_a_damaged_checkpoint_is_named(raw):
+    result = train(_config(raw, steps=2))
+    (result.out / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
+    from recon3d.io import BadInput
+
+    with pytest.raises(BadInput, match=r"checkpoint\.safetensors"):
+        train(_config(raw, steps=4))
+
+
+def test_minutes_instead_of_steps(raw):
+    seen = []
+    result = train(_config(raw, steps=None, budget_minutes=0.02, save_every_steps=None, save_every_s=0.2), seen.append)
+    assert result.finished and 1.2 <= seen[-1].elapsed_s < 20
+    assert seen[-1].learning_rate < seen[len(seen) // 2].learning_rate
+    assert all(a.fraction <= b.fraction for a, b in pairwise(seen))
+
+
+def test_not_a_number_stops_the_run(raw):
+    with pytest.raises(FloatingPointError, match="step"):
+        train(_config(raw, steps=60, learning_rate=1e30, warmup_steps=0, save_every_steps=100))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_bytes(tmp_path / "f", b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["f"]
