@@ -2,14 +2,22 @@
 
 from recon3d.ops.cg import cg_step_
 from recon3d.ops.dot import dot
+from recon3d.ops.philox import NoiseKey, philox4x32, philox_bits, philox_normal
 from recon3d.ops.radon import radon, radon_adjoint
+from recon3d.ops.renoise import DataTerm, renoise
 from recon3d.ops.tvz import tvz_adjoint, tvz_diff, tvz_normal, tvz_update, tvz_update_
 
 __all__ = [
+    "DataTerm",
+    "NoiseKey",
     "cg_step_",
     "dot",
+    "philox4x32",
+    "philox_bits",
+    "philox_normal",
     "radon",
     "radon_adjoint",
+    "renoise",
     "tvz_adjoint",
     "tvz_diff",
     "tvz_normal",
