@@ -1,1 +1,7 @@
-"""recon3d.consistency"""
+"""How the measurement enters: each part turns the prior's estimate x0 into one that the data agree with."""
+
+from recon3d.consistency.base import Consistency, Identity, Projection
+from recon3d.consistency.conditional import Conditional
+from recon3d.consistency.solve import Rho, Solve, conjugate_gradients
+
+__all__ = ["Conditional", "Consistency", "Identity", "Projection", "Rho", "Solve", "conjugate_gradients"]

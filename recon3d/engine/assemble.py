@@ -1,0 +1,128 @@
+"""From a recipe, a scanner, a measurement and a prior to a job that the loop runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from recon3d import noise as keyed
+from recon3d.consistency import Conditional, Consistency, Identity, Projection, Rho, Solve
+from recon3d.engine.loop import Executor, InProcess, Job, Start
+from recon3d.operators.base import LinearOperator
+from recon3d.ops.philox import NoiseKey
+from recon3d.planes import Axial
+from recon3d.priors.base import Prior
+from recon3d.priors.paths import VP
+from recon3d.recipes.model import Recipe, TrajectorySection
+from recon3d.regularisers import TVz
+from recon3d.renoise import DDIM, Ancestral, Full, Renoise, Rule
+from recon3d.trajectory import Level, descend, geometric, karras, sweeps, vp_times
+
+__all__ = ["assemble", "levels"]
+
+
+def assemble(
+    recipe: Recipe,
+    operator: LinearOperator,
+    y: Tensor,
+    prior: Prior,
+    *,
+    spacing_mm: float = 1.0,
+    weights: Tensor | None = None,
+    seed: int = 0,
+    executor: Executor | None = None,
+) -> Job:
+    """Assemble the parts that a recipe names.
+
+    Args:
+        recipe: its strengths are scaled by the prior's scale and the operator's norm here.
+        operator: the scanner; its domain is the volume.
+        y: measurement in the operator's range.
+        prior: the denoiser of slices.
+        spacing_mm: distance of slice centres.
+        weights: inverse variances of y, from the noise model; None when it is not known.
+        seed: of all random numbers.
+        executor: runs the prior; the calling thread by default.
+
+    Raises:
+        ValueError: the recipe needs a noise model, or y does not fit the operator.
+    """
+    recipe = recipe.resolved()
+    if tuple(y.shape) != tuple(operator.range.shape):
+        raise ValueError(f"assemble: y must have the operator's range {operator.range.shape}, got {tuple(y.shape)}")
+    depth = operator.domain.shape[0]
+    used = weights if recipe.consistency.weights == "noise" else None
+    return Job(
+        operator=operator,
+        y=y,
+        prior=prior,
+        trajectory=levels(recipe.trajectory, prior.scale),
+        planes=Axial(depth),
+        consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed),
+        renoise=_renoise(recipe, prior.scale),
+        noise=_noise(recipe, depth, spacing_mm, seed),
+        start=Start(recipe.start.image, recipe.start.iterations, used),
+        executor=executor or InProcess(),
+    )
+
+
+def levels(section: TrajectorySection, scale: float) -> list[Level]:
+    """The trajectory in user units, of which a network unit has `scale`."""
+    n, high, low = section.levels, section.sigma_max, section.sigma_min
+    if section.grid == "sweeps":
+        couplings = geometric(n, high, low) + [low] * section.repeats
+        return sweeps(couplings, section.inner, section.inner_floor, scale, section.rho)
+    if section.grid == "vp":
+        path = VP()
+        grid = [path.sigma(t) for t in vp_times(n, section.times, path)]
+    elif section.grid == "karras":
+        grid = karras(n, high, low, section.rho)
+    else:
+        grid = geometric(n, high, low) if section.grid == "geometric" else section.sigmas
+    return descend(grid, scale, section.correctors, section.stale_correctors, section.data_at)
+
+
+def _consistency(
+    recipe: Recipe, scale: float, spacing_mm: float, weights: Tensor | None, depth: int, seed: int
+) -> Consistency:
+    c, r = recipe.consistency, recipe.regulariser
+    if weights is None and (c.kind == "conditional" or (c.kind == "proximal_cg" and c.rho_rule == "bayes")):
+        raise ValueError(
+            f"recipe {recipe.name}: its data term weighs the measurement against the prior by their variances; give a "
+            "noise model, or set consistency.rho_rule to growing"
+        )
+    if c.kind == "none":
+        return Identity(c.on)
+    if c.kind == "projection":
+        return Projection(c.relax, c.on)
+    if c.kind == "conditional":
+        assert weights is not None
+        return Conditional(weights, keyed.independent(depth, seed=seed), c.iterations, c.scalars)
+    rho = None
+    if c.kind == "proximal_cg":
+        rho = Rho(c.rho_rule, c.rho, c.sigma_ref * scale, c.prior_std * scale if c.prior_std else None)
+    tvz = None
+    if r.kind == "tvz":
+        factor = r.reference_mm / spacing_mm if r.reference_mm else 1.0
+        tvz = TVz(r.threshold * scale, factor, r.boundary == "periodic")
+    return Solve(c.iterations, rho, tvz, r.rho if tvz else 0.0, weights, c.scalars, c.on, c.finish)
+
+
+def _renoise(recipe: Recipe, scale: float) -> Renoise:
+    r = recipe.renoise
+    std = r.prior_std * scale if r.prior_std else None
+    rule: Rule
+    if r.kind == "ddim":
+        rule = DDIM(r.eta, r.convention)
+    elif r.kind == "ancestral":
+        rule = Ancestral(r.variance, std)
+    else:
+        rule = Full(std)
+    return Renoise(rule, r.direction, r.snr, r.norms)
+
+
+def _noise(recipe: Recipe, depth: int, spacing_mm: float, seed: int) -> NoiseKey:
+    if recipe.noise.kind == "iscs":
+        return keyed.iscs(depth, seed=seed)
+    if recipe.noise.kind == "iscs_mm":
+        return keyed.iscs_mm(depth, spacing_mm, recipe.noise.correlation_mm, seed=seed)
+    return keyed.independent(depth, seed=seed)

@@ -1,0 +1,180 @@
+"""The reconstruction loop: every method is this loop with parts exchanged.
+
+The state is canonical, u = x0 + sigma eps in user units, whatever path the prior's network was trained on. Each pass
+of the loop leaves a state from which the rest is determined, so it can be saved between any two levels and the run
+continued to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from recon3d.consistency import Consistency, conjugate_gradients
+from recon3d.operators.base import LinearOperator
+from recon3d.ops.philox import NoiseKey
+from recon3d.planes import Planes, View
+from recon3d.priors.base import Prior
+from recon3d.renoise import Renoise
+from recon3d.trajectory import Level
+
+__all__ = ["Executor", "InProcess", "Job", "Start", "State", "begin", "reconstruct", "run"]
+
+# streams of the noise key: one level's different uses of noise stay independent
+_STEP, _START = 0, 1
+
+
+class Executor(Protocol):
+    """Runs the prior over the views of a volume; recon3d.engine.executor has the one for real jobs."""
+
+    def denoise(
+        self, prior: Prior, planes: Planes, u: Tensor, views: Sequence[View], sigma: float, *, level: int = 0
+    ) -> Tensor:
+        """The volume of estimates x0; u is not changed."""
+        ...
+
+
+class InProcess:
+    """The executor in three lines: view after view, in the calling thread."""
+
+    def denoise(
+        self, prior: Prior, planes: Planes, u: Tensor, views: Sequence[View], sigma: float, *, level: int = 0
+    ) -> Tensor:
+        x0 = torch.zeros_like(u)
+        for view in views:
+            planes.scatter(x0, prior.denoise(planes.gather(u, view), sigma), view)
+        return x0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the trajectory starts: u = image + sigma z at the first level.
+
+    Attributes:
+        image: "offset" is the prior's zero everywhere (a cold start), "pinv" the operator's direct inverse (FBP), "cg"
+            conjugate gradients on A^T W A from the prior's zero.
+        iterations: of "cg".
+        weights: W of "cg"; None for 1.
+    """
+
+    image: Literal["offset", "pinv", "cg"] = "offset"
+    iterations: int = 20
+    weights: Tensor | None = None
+
+
+@dataclass
+class Job:
+    """Everything that stays fixed during a run.
+
+    Attributes:
+        operator: the scanner.
+        y: its measurement.
+        prior: what slices look like.
+        trajectory: the levels, in order.
+        planes: which slices meet the prior.
+        consistency: how the data enter.
+        renoise: how to go to the next level.
+        noise: key of all random numbers of the run, for the volume's slices.
+        start: the first state.
+        executor: runs the prior.
+        check: called with (tensor, stage, level index) after every part; raises on NaN.
+    """
+
+    operator: LinearOperator
+    y: Tensor
+    prior: Prior
+    trajectory: Sequence[Level]
+    planes: Planes
+    consistency: Consistency
+    renoise: Renoise
+    noise: NoiseKey
+    start: Start = field(default_factory=Start)
+    executor: Executor = field(default_factory=InProcess)
+    check: Callable[[Tensor, str, int], None] = lambda x, stage, level: None
+
+
+@dataclass
+class State:
+    """What a run carries from level to level; saved and restored as it stands.
+
+    Attributes:
+        u: [z, y, x] in user units; the reconstruction once `index` has passed the last level.
+        duals: tensors of the consistency part.
+        index: the next level.
+        seed: of all random numbers.
+    """
+
+    u: Tensor
+    duals: dict[str, Tensor]
+    index: int
+    seed: int
+
+
+def begin(job: Job) -> State:
+    """The state before the first level."""
+    image = torch.full(job.operator.domain.shape, job.prior.offset, dtype=job.y.dtype, device=job.y.device)
+    if job.start.image == "pinv":
+        image = job.operator.pinv(job.y)
+    elif job.start.image == "cg":
+        image = _conjugate_gradient_image(job, image)
+    job.check(image, "the start image", 0)
+    if job.trajectory:
+        z = job.noise.at(0, _START).draw(image.shape[1:], image.dtype, image.device)
+        image = image.add_(z, alpha=job.trajectory[0].sigma)
+    return State(image, {}, 0, job.noise.seed)
+
+
+def run(job: Job, state: State) -> Iterator[Level]:
+    """Advance the state in place, yielding each level once it is done and the state could be saved.
+
+    Stop iterating to cancel; iterate again with a saved state to continue. state.u is the volume in the end.
+    """
+    if state.seed != job.noise.seed:
+        raise ValueError(
+            f"run: the state was made with seed {state.seed}, but the job has seed {job.noise.seed}"
+        )
+    on_estimate = job.consistency.on == "estimate"
+
+    for level in job.trajectory[state.index :]:
+        views = job.planes.views(level)
+        x0 = job.executor.denoise(job.prior, job.planes, state.u, views, level.sigma, level=level.index)
+        job.check(x0, "the prior", level.index)
+        x0c = _consistent(job, x0, level, state) if on_estimate else x0
+        state.u = job.renoise(state.u, x0, x0c, level, job.noise.at(level.index, _STEP))
+        if not on_estimate:
+            state.u = _consistent(job, state.u, level, state)
+        state.index = level.index + 1
+        yield level
+
+
+def reconstruct(job: Job) -> Tensor:
+    """Run a job from start to end; the volume in user units."""
+    state = begin(job)
+    for _ in run(job, state):
+        pass
+    return state.u
+
+
+def _consistent(job: Job, x: Tensor, level: Level, state: State) -> Tensor:
+    if not level.data:
+        return x
+    x = job.consistency.step(x, job.y, job.operator, level, state.duals)
+    job.check(x, "data consistency", level.index)
+    return x
+
+
+def _conjugate_gradient_image(job: Job, image: Tensor) -> Tensor:
+    weights = job.start.weights
+    misfit = job.y - job.operator(image)
+    residual = job.operator.adjoint(misfit if weights is None else misfit.mul_(weights))
+    return conjugate_gradients(
+        lambda p: job.operator.normal(p, weights),
+        image,
+        residual,
+        job.start.iterations,
+        job.operator.coupling == "slice",
+    )

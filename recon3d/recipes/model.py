@@ -1,0 +1,268 @@
+"""What a recipe may say, checked key by key."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from recon3d.config import ConfigError, parse_yaml, read_yaml, validate
+
+__all__ = ["Recipe", "load_recipe", "recipe_names", "recipe_schema"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class Provenance(_Section):
+    """Where a method comes from."""
+
+    paper: str = Field("", description="authors, title, venue")
+    arxiv: str | None = Field(None, pattern=r"^\d{4}\.\d{4,5}$")
+    protocol: str = Field("", description="task, views, metric and settings of the published figures")
+    differs: str = Field(
+        "", description="what the corrected values change, and what is left out of the published ones"
+    )
+
+
+class StartSection(_Section):
+    """The first state: an image plus noise of the first level."""
+
+    image: Literal["offset", "pinv", "cg"] = Field(
+        "offset",
+        description="the prior's zero (cold), the operator's direct inverse (FBP), or conjugate gradients",
+    )
+    iterations: int = Field(20, ge=1, description="of cg")
+
+
+class TrajectorySection(_Section):
+    """Noise levels, network units."""
+
+    grid: Literal["karras", "geometric", "vp", "explicit", "sweeps"] = "karras"
+    levels: int = Field(20, ge=1, le=100_000, description="noise levels; sweeps: couplings")
+    sigma_max: float = Field(2.0, gt=0, description="first level (not for vp and explicit)")
+    sigma_min: float = Field(0.02, gt=0, description="last level before zero (not for vp and explicit)")
+    rho: float = Field(7.0, gt=0, description="karras and sweeps: larger is denser near sigma_min")
+    times: Literal["even", "published"] = Field(
+        "even", description="vp: meet both ends, or range(0, 1000, 1000 // levels)"
+    )
+    sigmas: list[float] = Field(default_factory=list, description="explicit: the levels, descending")
+    inner: int = Field(8, ge=1, description="sweeps: prior calls per sweep")
+    inner_floor: float = Field(
+        0.1, gt=0, lt=1, description="sweeps: lowest level as a fraction of the coupling"
+    )
+    repeats: int = Field(0, ge=0, description="sweeps: further sweeps at the last coupling")
+    correctors: int = Field(0, ge=0, le=100, description="Langevin visits after each level")
+    stale_correctors: bool = Field(
+        False, description="correctors ask the prior at the level the step came from"
+    )
+    data_at: Literal["every", "steps", "corrected"] = Field(
+        "every", description="visits at which the data enter"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> TrajectorySection:
+        if (self.grid == "explicit") != bool(self.sigmas):
+            raise ValueError("sigmas go with grid explicit, and grid explicit needs them")
+        if (
+            self.grid in ("karras", "geometric", "sweeps")
+            and self.levels > 1
+            and not self.sigma_min < self.sigma_max
+        ):
+            raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if self.correctors and self.grid == "sweeps":
+            raise ValueError("sweeps take no correctors; set correctors to 0")
+        return self
+
+
+class ConsistencySection(_Section):
+    """How the data enter. With a regulariser, krylov and proximal_cg become ADMM."""
+
+    kind: Literal["none", "krylov", "proximal_cg", "projection", "conditional"] = "proximal_cg"
+    iterations: int = Field(5, ge=1, le=10_000, description="conjugate-gradient iterations")
+    rho_rule: Literal["relative", "growing", "bayes", "absolute"] = Field(
+        "relative",
+        description="proximal_cg: rho ||A^T W A||; that times (sigma_ref/sigma)^2; rho/r^2 with 1/r^2 = 1/sigma^2 + "
+        "1/prior_std^2 (weights must be inverse variances); or rho itself",
+    )
+    rho: float = Field(0.01, ge=0, description="proximal_cg: weight of the prior's estimate")
+    sigma_ref: float = Field(1.0, gt=0, description="growing: level at which rho is relative, network units")
+    prior_std: float | None = Field(
+        None, gt=0, description="bayes: spread of the prior's pixels, network units"
+    )
+    weights: Literal["noise", "none"] = Field(
+        "noise", description="inverse variances of the noise model, or 1"
+    )
+    scalars: Literal["auto", "slice", "volume"] = Field(
+        "auto", description="step lengths per slice or for the volume"
+    )
+    relax: float = Field(1.0, gt=0, lt=2, description="projection: step")
+    on: Literal["estimate", "iterate"] = Field(
+        "estimate", description="correct x0, or the noisy state after renoising"
+    )
+    finish: Literal["none", "sirt"] = Field("none", description="one SIRT step after the last level")
+
+
+class RegulariserSection(_Section):
+    """How slices are tied together."""
+
+    kind: Literal["none", "tvz"] = "none"
+    threshold: float = Field(
+        0.004, ge=0, description="tvz: jump between slices that is shrunk away, network units"
+    )
+    rho: float = Field(0.025, gt=0, description="tvz: rho_z / ||A^T W A||")
+    reference_mm: float | None = Field(
+        None, gt=0, description="tvz: threshold is per this distance; null: per slice, whatever the spacing"
+    )
+    boundary: Literal["neumann", "periodic"] = Field(
+        "neumann", description="periodic joins the last to the first"
+    )
+
+
+class RenoiseSection(_Section):
+    """How to go to the next level."""
+
+    kind: Literal["ddim", "ancestral", "full"] = "ddim"
+    eta: float = Field(0.0, ge=0, le=1, description="ddim: fresh noise; its meaning is the convention's")
+    convention: Literal["canonical", "dds"] = Field("canonical", description="ddim: meaning of eta")
+    variance: Literal["small", "large", "prior"] = Field(
+        "small", description="ancestral: variance a step adds"
+    )
+    prior_std: float | None = Field(
+        None, gt=0, description="ancestral prior, full: spread of pixels, network units"
+    )
+    direction: Literal["network", "corrected"] = Field(
+        "network", description="estimate that tells the old noise"
+    )
+    snr: float = Field(0.16, gt=0, description="correctors: signal-to-noise ratio")
+    norms: Literal["slice", "volume"] = Field(
+        "slice", description="correctors: step length per slice or from the mean"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> RenoiseSection:
+        if self.kind == "ancestral" and (self.variance == "prior") != (self.prior_std is not None):
+            raise ValueError("prior_std goes with variance prior, and variance prior needs it")
+        return self
+
+
+class NoiseSection(_Section):
+    """Where randomness comes from."""
+
+    kind: Literal["independent", "iscs", "iscs_mm"] = "independent"
+    correlation_mm: float = Field(
+        8.0, ge=0, description="iscs_mm: distance of half correlation"
+    )
+
+
+class Recipe(_Section):
+    """One choice per part of the loop."""
+
+    name: str = Field("custom", pattern=r"^[a-z][a-z0-9_]*$")
+    title: str = ""
+    claims: Literal["estimate", "posterior_sample"] = Field(
+        "estimate",
+        description="what a result is: a point estimate, or a draw from the posterior in the limit of its settings",
+    )
+    provenance: Provenance = Provenance()
+    compat: Literal["corrected", "published"] = "corrected"
+    start: StartSection = StartSection()
+    trajectory: TrajectorySection = TrajectorySection()
+    consistency: ConsistencySection = ConsistencySection()
+    regulariser: RegulariserSection = RegulariserSection()
+    renoise: RenoiseSection = RenoiseSection()
+    noise: NoiseSection = NoiseSection()
+    published: dict[str, Any] = Field(
+        default_factory=dict, description="section.key: value, put in when compat is published"
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> Recipe:
+        for key in self.published:
+            section, _, name = key.partition(".")
+            if section not in _PARTS or name not in _PARTS[section].model_fields:
+                raise ValueError(f"published: unknown key {key}; write section.key of this recipe")
+        if (self.consistency.kind == "conditional") != (self.trajectory.grid == "sweeps"):
+            raise ValueError("consistency conditional and trajectory sweeps belong together")
+        if self.regulariser.kind == "tvz" and self.consistency.kind not in ("krylov", "proximal_cg"):
+            raise ValueError(
+                f"regulariser tvz needs consistency krylov or proximal_cg, got {self.consistency.kind}"
+            )
+        if self.claims == "posterior_sample" and self.noise.kind != "independent":
+            raise ValueError(
+                "a posterior sample needs independent noise; noise correlated along z changes the law"
+            )
+        return self
+
+    def resolved(self) -> Recipe:
+        """The recipe that runs: with the published values put in where compat asks for them."""
+        if self.compat == "corrected" or not self.published:
+            return self
+        raw = self.model_dump(mode="json")
+        for key, value in self.published.items():
+            section, _, name = key.partition(".")
+            raw[section][name] = value
+        raw["published"] = {}
+        if "noise.kind" in self.published and self.published["noise.kind"] != "independent":
+            raw["claims"] = "estimate"
+        return validate(Recipe, raw, f"recipe {self.name}")
+
+
+_PARTS: dict[str, type[BaseModel]] = {
+    "start": StartSection,
+    "trajectory": TrajectorySection,
+    "consistency": ConsistencySection,
+    "regulariser": RegulariserSection,
+    "renoise": RenoiseSection,
+    "noise": NoiseSection,
+}
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes."""
+    folder = resources.files("recon3d.recipes")
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
+
+
+def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
+    """A packaged recipe by name, or a YAML file.
+
+    Args:
+        source: "dds", or a path.
+        overrides: dotted keys to values, such as {"consistency.iterations": 3}.
+
+    Raises:
+        recon3d.config.ConfigError: no such recipe, an unknown key, or a value that is not allowed.
+    """
+    text = str(source)
+    if text in recipe_names():
+        raw = parse_yaml(
+            (resources.files("recon3d.recipes") / f"{text}.yaml").read_text("utf-8"), f"recipe {text}"
+        )
+    elif Path(text).suffix in (".yaml", ".yml"):
+        raw = read_yaml(Path(text))
+    else:
+        raise ConfigError(
+            f"recipe {text!r} is not one of {', '.join(recipe_names())}; name one of them or a .yaml file"
+        )
+    for key, value in (overrides or {}).items():
+        *sections, last = key.split(".")
+        inner = raw
+        for section in sections:
+            inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{key}: {section} is a value, it has no keys")
+        inner[last] = value
+    return validate(Recipe, raw, f"recipe {text}")
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipe files, for editors and forms."""
+    return Recipe.model_json_schema()

@@ -1,0 +1,152 @@
+"""How the loop goes from one noise level to the next: rules give the weights (a, b) of one formula,
+
+    u' = x0c + sigma' (a eps + b z),    eps = (u - x0) / sigma,  z fresh noise,
+
+which one fused kernel evaluates (recon3d.ops.renoise). With q = sigma'^2 / sigma^2:
+
+* ddim, convention "canonical" (Song et al., ICLR 2021): b = eta sqrt(1 - q), a = sqrt(1 - b^2). On every noise path
+  eta = 1 is ancestral sampling and eta = 0 the probability flow.
+* ddim, convention "dds" (DDS, DDNM code): b = eta, a = sqrt(1 - eta^2), whatever the step. Its eta = 0.85 injects
+  more noise than ancestral sampling at most steps; the two numbers cannot be exchanged.
+* ancestral: a = sqrt(q) and b^2 sigma'^2 = q (sigma^2 - sigma'^2) + (1-q)^2 v with v the variance of x0 given u that
+  one step is to add: 0 ("small", DDPM's posterior variance), sigma^2 ("large", the reverse diffusion step of score
+  SDE) or 1/(1/sigma^2 + 1/prior_std^2), which is exact for a white prior of that spread, whatever the number of steps.
+* full: a = 0, b = 1 (DAPS, SITCOM, Flower, ISCS). The estimate is a mean, so full renoising alone has too little
+  spread; `prior_std` adds the missing variance v.
+* corrector visits: one Langevin step u' = u + h score + sqrt(2 h) z with h = 2 (snr |z| / |score|)^2 (Song et al.,
+  ICLR 2021), norms per slice; over the batch only to compare with published code.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recon3d import ops
+from recon3d.ops.philox import NoiseKey
+from recon3d.trajectory import Level
+
+__all__ = ["DDIM", "Ancestral", "Full", "Renoise", "Rule", "langevin"]
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """Mixture of the old noise direction and fresh noise; eta belongs to its convention."""
+
+    eta: float = 0.0
+    convention: Literal["canonical", "dds"] = "canonical"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"DDIM: eta must be in [0, 1], got {self.eta}")
+        if self.convention not in ("canonical", "dds"):
+            raise ValueError(f"DDIM: convention must be 'canonical' or 'dds', got {self.convention!r}")
+
+    def weights(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        b = self.eta
+        if self.convention == "canonical":
+            b *= math.sqrt(max(0.0, 1 - (sigma_next / sigma) ** 2))
+        return math.sqrt(1 - b * b), b
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """One step of the reverse diffusion; `variance` is what a step adds for the spread of x0 given u.
+
+    Attributes:
+        variance: "small", "large", or "prior" with prior_std.
+        prior_std: spread of the prior's pixels, user units.
+    """
+
+    variance: Literal["small", "large", "prior"] = "small"
+    prior_std: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.variance == "prior") != (self.prior_std is not None):
+            raise ValueError("Ancestral: give prior_std with variance 'prior' and only there")
+
+    def weights(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        q = (sigma_next / sigma) ** 2
+        if self.prior_std is not None:
+            v = _spread(sigma, self.prior_std)
+        else:
+            v = sigma**2 if self.variance == "large" else 0.0
+        return math.sqrt(q), math.sqrt(q * (1 - q) * sigma**2 + (1 - q) ** 2 * v) / sigma_next
+
+
+@dataclass(frozen=True)
+class Full:
+    """Forget the old noise. prior_std (user units) adds the variance that a mean estimate lacks."""
+
+    prior_std: float | None = None
+
+    def weights(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        lacking = _spread(sigma, self.prior_std) if self.prior_std else 0.0
+        return 0.0, math.sqrt(1 + lacking / sigma_next**2)
+
+
+Rule = DDIM | Ancestral | Full
+
+
+@dataclass(frozen=True)
+class Renoise:
+    """The renoising part of the loop.
+
+    Attributes:
+        rule: weights of a step.
+        direction: eps from the "network" estimate (DDS) or from the "corrected" one (DiffPIR); the corrected one
+            makes u' a state of the posterior where the data term gives the mean of x0 given u and y.
+        snr: signal-to-noise ratio of corrector visits.
+        norms: of the corrector's step length, "slice" or, as published, "volume".
+    """
+
+    rule: Rule
+    direction: Literal["network", "corrected"] = "network"
+    snr: float = 0.16
+    norms: Literal["slice", "volume"] = "slice"
+
+    def __call__(self, u: Tensor, x0: Tensor, x0c: Tensor, level: Level, noise: NoiseKey) -> Tensor:
+        """The next state; overwrites u.
+
+        Args:
+            u: state, [z, y, x], user units; its memory is reused.
+            x0: the prior's estimate.
+            x0c: the estimate the data agree with (x0 itself at a visit without data).
+            level: the visit.
+            noise: key of this visit's noise.
+        """
+        if level.kind == "travel" or level.sigma_next == 0:
+            # a finished image gets no noise; a travelling state has its noise from the data term
+            return u.copy_(x0c)
+        if level.kind == "correct":
+            return langevin(u, x0c if self.direction == "corrected" else x0, level.sigma, self.snr, noise, self.norms)
+        a, b = self.rule.weights(level.sigma, level.sigma_next)
+        eps_from: Literal["x0", "x0c"] = "x0c" if self.direction == "corrected" else "x0"
+        return ops.renoise(
+            u, x0, x0c, level.sigma, level.sigma_next, a, b, noise, eps_from=eps_from, inplace=True
+        )
+
+
+def langevin(
+    u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, norms: Literal["slice", "volume"] = "slice"
+) -> Tensor:
+    """One Langevin corrector step along score = (x0 - u) / sigma^2, in place.
+
+    A slice whose score is exactly zero stays where it is.
+    """
+    z = noise.draw(u.shape[1:], u.dtype, u.device)
+    score = torch.sub(x0, u).div_(sigma**2)
+    zz, ss = ops.dot(z, z, per_slice=True).sqrt(), ops.dot(score, score, per_slice=True).sqrt()
+    if norms == "volume":
+        zz, ss = zz.mean(0, keepdim=True).expand_as(zz), ss.mean(0, keepdim=True).expand_as(ss)
+    h = torch.where(ss > 0, 2 * (snr * zz / ss) ** 2, torch.zeros_like(ss))
+    h = h.to(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
+    return u.addcmul_(h, score).addcmul_((2 * h).sqrt(), z)
+
+
+def _spread(sigma: float, prior_std: float) -> float:
+    return 1 / (1 / sigma**2 + 1 / prior_std**2)
