@@ -2,8 +2,10 @@
 
 from recon3d.ops.cg import cg_step_
 from recon3d.ops.dot import dot
+from recon3d.ops.fbp import fbp
 from recon3d.ops.philox import NoiseKey, philox4x32, philox_bits, philox_normal
 from recon3d.ops.radon import radon, radon_adjoint
+from recon3d.ops.ramp_filter import ramp_filter
 from recon3d.ops.renoise import DataTerm, renoise
 from recon3d.ops.tvz import tvz_adjoint, tvz_diff, tvz_normal, tvz_update, tvz_update_
 
@@ -12,11 +14,13 @@ __all__ = [
     "NoiseKey",
     "cg_step_",
     "dot",
+    "fbp",
     "philox4x32",
     "philox_bits",
     "philox_normal",
     "radon",
     "radon_adjoint",
+    "ramp_filter",
     "renoise",
     "tvz_adjoint",
     "tvz_diff",
