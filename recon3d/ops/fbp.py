@@ -11,16 +11,19 @@ coordinate of the pixel, read with linear interpolation. Weights follow the angl
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recon3d.geometry import FanBeam, ParallelBeam
+from recon3d.ops import _library
 from recon3d.ops.ramp_filter import Window, ramp_filter
 
 __all__ = ["fbp"]
 
-_TEMPORARY = 1 << 24  # elements of one temporary: 64 MB in float32
+_PAD = 2  # zero cells on either side of a line, where everything beyond the detector is read
+_TEMPORARY = 1 << 24  # elements of one temporary of the reference: 64 MB in float32
 
 
 def fbp(
@@ -49,6 +52,8 @@ def fbp(
         ValueError: y does not fit the geometry, or shape, pixel_mm, window or cutoff is out of range.
         TypeError: y is not float32 or float64.
 
+    Kernels: torch (any device), C++ (CPU), CUDA. A slice's result does not depend on its neighbours or on threads.
+
     >>> beam = ParallelBeam(tuple(i * math.pi / 90 for i in range(90)), 64, 1.0)
     >>> fbp(torch.zeros(2, 90, 64), beam, (48, 40), (1.0, 1.0)).shape
     torch.Size([2, 48, 40])
@@ -59,39 +64,80 @@ def fbp(
     if not all(math.isfinite(p) and p > 0 for p in pixel_mm):
         raise ValueError(f"fbp: pixel_mm must be positive, got {tuple(pixel_mm)}")
     q = ramp_filter(y, geometry, window, cutoff)
-    batch = q.shape[:-2]
-    q = q.reshape(-1, *q.shape[-2:])
-    step = max(1, _TEMPORARY // (ny * nx))
-    parts = [_back_project(part, geometry, shape, pixel_mm) for part in q.split(step)]
-    image = torch.cat(parts) if parts else q.new_zeros(0, ny, nx)
-    return image.reshape(*batch, ny, nx)
+    _library.ensure()
+    source = (0.0, 0.0)
+    if isinstance(geometry, FanBeam):
+        source = geometry.source_to_axis_mm, geometry.source_to_detector_mm
+    image: Tensor = torch.ops.recon3d.fbp_back_project(
+        q.reshape(-1, *q.shape[-2:]),
+        torch.from_numpy(geometry.angles),
+        int(ny),
+        int(nx),
+        geometry.detector_spacing_mm,
+        geometry.detector_offset_mm,
+        *source,
+        *map(float, pixel_mm),
+    )
+    return image.reshape(*q.shape[:-2], ny, nx)
 
 
-def _back_project(
-    q: Tensor, geometry: ParallelBeam | FanBeam, shape: tuple[int, int], pixel_mm: tuple[float, float]
-) -> Tensor:
-    """Sum over views of q read at every pixel's detector coordinate, divided by U^2 for a fan."""
-    (ny, nx), (dy, dx), n = shape, pixel_mm, geometry.n_detector
-    column = (torch.arange(nx, dtype=torch.float64, device=q.device) - (nx - 1) / 2) * dx
-    row = ((torch.arange(ny, dtype=torch.float64, device=q.device) - (ny - 1) / 2) * dy)[:, None]
-    # [view, u, slice] between two zero cells on either side, where everything beyond the detector is read
-    lines = torch.nn.functional.pad(q.permute(1, 2, 0), (0, 0, 2, 2)).contiguous()
-    image = q.new_zeros(ny * nx, q.shape[0])
-    for view, angle in enumerate(geometry.angles_rad):
-        cos, sin = math.cos(angle), math.sin(angle)
-        u = column * cos + row * sin
-        scale = None
-        if isinstance(geometry, FanBeam):
-            depth = geometry.source_to_axis_mm + column * sin - row * cos
-            u = u * geometry.source_to_detector_mm / depth
-            # behind or at the source: read the zero cells
-            u = torch.where(depth > 0, u, math.inf)
-            scale = (geometry.source_to_axis_mm / depth).square().to(q.dtype).reshape(-1, 1)
-        cell = (u - geometry.detector_offset_mm) / geometry.detector_spacing_mm + (n - 1) / 2
-        cell = cell.clamp(-1.5, n + 0.5).reshape(-1)
-        low = cell.floor()
-        weight = (cell - low).to(q.dtype)[:, None]
-        index = low.to(torch.int64) + 2
-        value = torch.lerp(lines[view].index_select(0, index), lines[view].index_select(0, index + 1), weight)
-        image += value if scale is None else value.mul_(scale)
-    return image.T.reshape(-1, ny, nx)
+def _cells(
+    angle: float, n: int, ny: int, nx: int, lengths: tuple[float, ...], like: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Where each pixel reads a view: first of two cells in the padded line, weight of the second, 1 / U^2 for a fan."""
+    pitch, offset, source_to_axis, source_to_detector, dy, dx = lengths
+    column = (torch.arange(nx, dtype=torch.float64, device=like.device) - (nx - 1) / 2) * dx
+    row = ((torch.arange(ny, dtype=torch.float64, device=like.device) - (ny - 1) / 2) * dy)[:, None]
+    cos, sin = math.cos(angle), math.sin(angle)
+    u, scale = column * cos + row * sin, None
+    if source_to_axis > 0:
+        depth = source_to_axis + column * sin - row * cos
+        u = torch.where(depth > 0, u * source_to_detector / depth, math.inf)  # behind the source: the zero cells
+        scale = (source_to_axis / depth).square().to(like.dtype).reshape(-1, 1)
+    cell = ((u - offset) / pitch + (n - 1) / 2).clamp(-1.5, n + 0.5).reshape(-1)
+    low = cell.floor()
+    return low.long() + _PAD, (cell - low).to(like.dtype)[:, None], scale
+
+
+def _reference(q: Tensor, angles: Tensor, ny: int, nx: int, *lengths: float) -> Tensor:
+    n = q.shape[2]
+    parts = []
+    for part in q.split(max(1, _TEMPORARY // (ny * nx))):
+        lines = torch.nn.functional.pad(part.permute(1, 2, 0), (0, 0, _PAD, _PAD)).contiguous()  # [view, u, slice]
+        image = q.new_zeros(ny * nx, len(part))
+        for view, angle in enumerate(angles.tolist()):
+            cell, weight, scale = _cells(angle, n, ny, nx, lengths, q)
+            line = lines[view]
+            value = torch.lerp(line.index_select(0, cell), line.index_select(0, cell + 1), weight)
+            image += value if scale is None else value * scale
+        parts.append(image.T.reshape(-1, ny, nx))
+    return torch.cat(parts) if parts else q.new_zeros(0, ny, nx)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    q, angles, ctx.ny, ctx.nx, *ctx.lengths = inputs
+    ctx.save_for_backward(angles)
+    ctx.n = q.shape[2]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # the transpose, in torch: on a GPU its sums are unordered, which no reconstruction loop relies on
+    (angles,) = ctx.saved_tensors
+    flat = grad.reshape(len(grad), -1).T
+    back = grad.new_zeros(len(angles), ctx.n + 2 * _PAD, len(grad))
+    for view, angle in enumerate(angles.tolist()):
+        cell, weight, scale = _cells(angle, ctx.n, ctx.ny, ctx.nx, tuple(ctx.lengths), grad)
+        value = flat if scale is None else flat * scale
+        back[view].index_add_(0, cell, value * (1 - weight)).index_add_(0, cell + 1, value * weight)
+    return (back[:, _PAD:-_PAD].permute(2, 0, 1).contiguous(), *[None] * 9)
+
+
+# angles live on the host whatever q's device; source_to_axis = 0 means a parallel beam; lengths in mm
+_library.define(
+    "fbp_back_project(Tensor q, Tensor angles, int ny, int nx, float pitch, float offset, float source_to_axis, "
+    "float source_to_detector, float dy, float dx) -> Tensor",
+    _reference,
+    lambda q, angles, ny, nx, *lengths: q.new_empty(q.shape[0], ny, nx),
+    backward=_backward,
+    setup_context=_setup,
+)
