@@ -72,7 +72,7 @@ def test_units_agree():
 
 
 def test_clipping_is_for_psnr_and_ssim_alone():
-    x, r = pair(5)
+    _, r = pair(5)
     high = r.copy()
     high[0, 0, 0] = 9000
     result = compare(high, np.where(high == 9000, 5000, r), GRID, unit="hu")

@@ -171,15 +171,16 @@ def _definitions(unit: str, data_range: float, window: tuple[float, float] | Non
         "ssim": f"Wang et al. 2004: uniform {size}x{size} window, sample covariances, K1 = 0.01, K2 = 0.03, "
         f"L = {data_range:g} {unit}{clip}; mean over windows that lie inside the slice, {where}",
         "planes": "mean over the slices of a plane on the voxel grid, not resampled; slices along y are coronal, "
-        f"along x sagittal; slices whose clipped reference varies by a standard deviation of at most {_LEAST_CONTRAST:g} R are "
-        "left out (air, padding)",
+        f"along x sagittal; slices whose clipped reference varies by a standard deviation of at most "
+        f"{_LEAST_CONTRAST:g} R are left out (air, padding)",
         "planes_mean": "mean of the three planes",
         "rmse": f"root of the mean squared error in {unit}, unclipped, {where}",
         "nmse": "sum of squared errors / sum of squares of the reference, "
         + ("as they stand" if unit == "au" else "of attenuation (HU + 1000)")
         + f", unclipped, {where}",
         "through_plane": f"gradient: mean |x[k+1] - x[k]| / dz in {unit}/mm, unclipped; ratio: that over the "
-        "reference's (below 1: slices smoothed into each other, above 1: they jitter); error: mean |dx - dr| / mean |dr|",
+        "reference's (below 1: slices smoothed into each other, above 1: they jitter); "
+        "error: mean |dx - dr| / mean |dr|",
     }
 
 
