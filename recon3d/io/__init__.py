@@ -4,20 +4,28 @@ from pathlib import Path
 
 from recon3d.io.atomic import atomic_write
 from recon3d.io.guard import BadInput, Limits
+from recon3d.io.layout import write_measurement
+from recon3d.io.measurement import Measurement, ReadOptions
 from recon3d.io.nifti import NiftiHeader, read_nifti, read_nifti_header, write_nifti
+from recon3d.io.read import describe, read_measurement
 from recon3d.io.units import MU_WATER_PER_MM, hu_to_mu, mu_to_hu
 
 __all__ = [
     "MU_WATER_PER_MM",
     "BadInput",
     "Limits",
+    "Measurement",
     "NiftiHeader",
+    "ReadOptions",
     "atomic_write",
     "demo_volume_path",
+    "describe",
     "hu_to_mu",
     "mu_to_hu",
+    "read_measurement",
     "read_nifti",
     "read_nifti_header",
+    "write_measurement",
     "write_nifti",
 ]
 

@@ -22,17 +22,26 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(handle, "w+b") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files private; a result is as readable as the umask allows
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(path)
+        publish(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
+        Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def publish(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Syncs a finished temporary file and renames it into its place in the same folder.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    temporary, path = Path(temporary), Path(path)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    # temporary files are private; a result is as readable as the umask allows
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
+    temporary.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
