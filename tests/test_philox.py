@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from laws import check_close_to_float64, check_threads
+from laws import check_close_to_float64, check_threads, guarded
 from scipy import stats
 
 from recon3d.ops import philox, philox4x32, philox_bits, philox_normal
@@ -69,6 +69,28 @@ def test_normals_agree(seed, level, stream, slices, pixels):
         if truth.numel():
             # absolute, as cos and sin cross zero; |z| < 6
             assert (got.double() - truth).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("seed, level, stream, slices, pixels", CASES)
+def test_triton_agrees(seed, level, stream, slices, pixels):
+    pytest.importorskip("triton")
+    from recon3d.kernels import philox as kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    index, key = torch.tensor(slices, dtype=torch.int64), philox._signed(seed)
+    got = kernels.philox_bits(index.to(device), pixels, key, level, stream, block=1024)
+    assert torch.equal(got.cpu(), philox._bits_reference(index, pixels, seed, level, stream))
+    anchors = torch.stack([index, index.roll(1)], 1)
+    coefficients = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, -1.0]]).repeat(2, 1)[: len(index)].contiguous()
+    arguments = (anchors, coefficients, pixels, key, level, stream)
+    truth = philox._normal_reference(*arguments, True)
+    for wide in (False, True):
+        dtype = torch.float64 if wide else torch.float32
+        out, check = guarded(len(index), pixels, dtype=dtype, device=device)
+        kernels.philox_normal(*(t.to(device) for t in arguments[:2]), *arguments[2:], wide, block=1024, out=out)
+        check()
+        if truth.numel():
+            assert (out.cpu().double() - truth).abs().max() <= 12 * torch.finfo(dtype).eps
 
 
 def test_moments_and_distribution():
