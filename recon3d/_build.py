@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -96,7 +97,6 @@ def compile_library(csrc: Path, out: Path | None = None) -> Path:
     """
     cxx, nvcc = compilers()
     torch_root = torch_dir()
-    headers = b"".join(p.read_bytes() for p in sorted(csrc.rglob("*.h")))
     version = _run([cxx, "--version"]).splitlines()[0] + (_run([nvcc, "--version"]) if nvcc else "")
     cache = cache_dir()
 
@@ -109,8 +109,9 @@ def compile_library(csrc: Path, out: Path | None = None) -> Path:
         else:
             command = [cxx, *_CXX_FLAGS, _TARGET, f"-I{csrc}", f"-I{torch_root / 'include'}"]
         key = hashlib.sha256()
-        for part in (source.read_bytes(), headers, version.encode(), " ".join(command).encode()):
-            key.update(part)
+        for part in _with_headers(source, csrc):
+            key.update(part.read_bytes())
+        key.update(f"{version} {' '.join(command)}".encode())
         obj = cache / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not obj.exists():
             _into(obj, lambda tmp: [*command, "-c", str(source), "-o", tmp])
@@ -143,6 +144,17 @@ def find_or_build() -> Path:
     """The library beside the package if a wheel brought one, else the cached one for these sources."""
     packaged = Path(__file__).resolve().parent / LIBRARY_NAME
     return packaged if packaged.exists() else compile_library(sources_dir())
+
+
+def _with_headers(source: Path, csrc: Path) -> list[Path]:
+    # the source and every header of ours it reaches; torch's own headers are covered by the target version
+    found = [source]
+    for file in found:
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', file.read_text(), re.MULTILINE):
+            for header in (file.parent / name, csrc / name):
+                if header.is_file() and header.resolve() not in [f.resolve() for f in found]:
+                    found.append(header)
+    return found
 
 
 def _into(path: Path, command: object) -> None:
