@@ -9,6 +9,7 @@ no Python symbol, so one file serves every Python and every later torch.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -98,6 +99,7 @@ def compile_library(csrc: Path, out: Path | None = None) -> Path:
     cxx, nvcc = compilers()
     torch_root = torch_dir()
     version = _run([cxx, "--version"]).splitlines()[0] + (_run([nvcc, "--version"]) if nvcc else "")
+    torch_version = importlib.metadata.version("torch")
     cache = cache_dir()
 
     def build(source: Path) -> Path:
@@ -111,7 +113,8 @@ def compile_library(csrc: Path, out: Path | None = None) -> Path:
         key = hashlib.sha256()
         for part in _with_headers(source, csrc):
             key.update(part.read_bytes())
-        key.update(f"{version} {' '.join(command)}".encode())
+        flags = " ".join(part for part in command if not part.startswith("-I"))  # the same in every checkout
+        key.update(f"{version} {flags} {torch_version}".encode())
         obj = cache / f"{source.stem}-{key.hexdigest()[:16]}.o"
         if not obj.exists():
             _into(obj, lambda tmp: [*command, "-c", str(source), "-o", tmp])

@@ -13,7 +13,7 @@ double ordered_sum(const double* sums, int64_t n) {
 }
 
 Tensor cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& q, const Tensor& rz) {
-  for (const Tensor* t : {&x, &r, &p, &q})
+  for (const Tensor* t : {static_cast<const Tensor*>(&x), static_cast<const Tensor*>(&r), static_cast<const Tensor*>(&p), &q})
     STD_TORCH_CHECK(t->dim() > 0 && t->numel() == x.numel() && t->is_contiguous() && t->scalar_type() == x.scalar_type(),
                     "cg_step_: four contiguous vectors of one shape and dtype are needed");
   STD_TORCH_CHECK(rz.scalar_type() == ScalarType::Double && (rz.dim() == 0 || rz.numel() == x.size(0)),
