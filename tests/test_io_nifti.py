@@ -157,6 +157,7 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
         ({"volume": torch.full((2, 3, 4), float("nan"))}, "NaN"),
         ({"path": "a.img"}, "must end in"),
         ({"orientation": "LLS"}, "three letters"),
+        ({"unit": "mm"}, "unit must be one of"),
     ],
 )
 def test_writer_refuses(tmp_path, kwargs, match):

@@ -11,7 +11,7 @@ import gzip
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from recon3d.io.guard import (
 )
 from recon3d.io.units import MU_WATER_PER_MM, hu_to_mu, mu_to_hu
 
-Unit = Literal["hu", "1/mm", "au"]
+Unit = Literal["hu", "per_mm", "au"]
 
 _REAL = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _TO_MM = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 1e-3}  # xyzt_units: unknown, metre, millimetre, micrometre
@@ -77,7 +77,7 @@ def read_nifti(
 
     Args:
         path: .nii or .nii.gz, one volume of real numbers.
-        unit: what the file's values are: "hu" are converted to 1/mm, "1/mm" and "au" are taken as they stand.
+        unit: what the file's values are: "hu" are converted to 1/mm, "per_mm" and "au" are taken as they stand.
         mu_water_per_mm: attenuation of water for that conversion.
         limits: how much memory the file may claim.
 
@@ -87,6 +87,7 @@ def read_nifti(
     Raises:
         BadInput: the file is not such a volume.
     """
+    _check_unit("read_nifti", unit)
     size = check_file(path)
     with Path(path).open("rb") as file:
         header, stream = _read_header(path, file, size, limits)
@@ -131,7 +132,7 @@ def write_nifti(
         path: ends in .nii or .nii.gz.
         volume: [z, y, x]; 1/mm if it is to be stored in HU.
         grid: its grid; without an affine the volume is centred on the world's origin.
-        unit: what the file is to hold: "hu" converts from 1/mm, "1/mm" and "au" are stored as they are.
+        unit: what the file is to hold: "hu" converts from 1/mm, "per_mm" and "au" are stored as they are.
         dtype: "int16" rounds HU to whole units and other values to 1/65534 of their range, with the slope stated.
         orientation: where the stored axes are to point, such as "RAS"; None keeps the volume's own.
         mu_water_per_mm: attenuation of water.
@@ -142,6 +143,7 @@ def write_nifti(
     """
     import nibabel as nib
 
+    _check_unit("write_nifti", unit)
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"write_nifti: the name must end in .nii or .nii.gz, got {path.name}")
@@ -193,6 +195,11 @@ def reorient(
         raise ValueError(f"reorient: orientation needs three letters, one each of L/R, P/A, I/S, got {orientation!r}")
     change = o.ornt_transform(o.io_orientation(affine), o.axcodes2ornt(tuple(code)))
     return o.apply_orientation(ijk, change), affine @ o.inv_ornt_aff(change, ijk.shape)
+
+
+def _check_unit(owner: str, unit: str) -> None:
+    if unit not in get_args(Unit):
+        raise ValueError(f"{owner}: unit must be one of {', '.join(get_args(Unit))}, got {unit!r}")
 
 
 def _read_header(

@@ -26,7 +26,7 @@ def compare(
     data_range: float | None = None,
     mask: Tensor | NDArray[np.bool_] | None = None,
     *,
-    unit: Literal["1/mm", "hu", "au"] = "1/mm",
+    unit: Literal["per_mm", "hu", "au"] = "per_mm",
     window: tuple[float, float] | None = None,
     mu_water_per_mm: float = 0.0193,
 ) -> dict[str, Any]:
@@ -38,10 +38,10 @@ def compare(
         grid: their grid; gives the slice distance.
         data_range: range R of PSNR and SSIM in the compared unit (HU for CT); None takes the window's width.
         mask: voxels that count, such as the field of view; None counts all.
-        unit: of both volumes; "1/mm" and "hu" are compared in HU, "au" as they stand.
+        unit: of both volumes; "per_mm" and "hu" are compared in HU, "au" as they stand.
         window: values outside are clipped before PSNR and SSIM, and only there; None takes [-1000, 1000] HU for CT, and
             for "au" no clipping.
-        mu_water_per_mm: attenuation of water that "1/mm" is converted with.
+        mu_water_per_mm: attenuation of water that "per_mm" is converted with.
 
     Returns:
         a dictionary with "definitions" of every figure, "settings", "volume", "axial", "coronal", "sagittal",
@@ -54,9 +54,9 @@ def compare(
     if x.shape != r.shape or x.shape != grid.shape:
         raise ValueError(f"compare: volume {x.shape}, reference {r.shape} and grid {grid.shape} must have one shape")
     inside = None if mask is None else _mask(mask, x.shape)
-    if unit not in ("1/mm", "hu", "au"):
+    if unit not in ("per_mm", "hu", "au"):
         raise ValueError(f"compare: unit must be '1/mm', 'hu' or 'au', got {unit!r}")
-    if unit == "1/mm":
+    if unit == "per_mm":
         x, r = (x / mu_water_per_mm - 1) * 1000, (r / mu_water_per_mm - 1) * 1000
     if unit != "au" and window is None and data_range is None:
         window = (-1000.0, 1000.0)
