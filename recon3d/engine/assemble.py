@@ -50,6 +50,7 @@ def assemble(
     if tuple(y.shape) != tuple(operator.range.shape):
         raise ValueError(f"assemble: y must have the operator's range {operator.range.shape}, got {tuple(y.shape)}")
     depth = operator.domain.shape[0]
+    start_noise = keyed.independent(depth, seed=seed) if recipe.noise.start == "independent" else None
     used = weights if recipe.consistency.weights == "noise" else None
     return Job(
         operator=operator,
@@ -59,8 +60,8 @@ def assemble(
         planes=Axial(depth),
         consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed),
         renoise=_renoise(recipe, prior.scale),
-        noise=_noise(recipe, depth, spacing_mm, seed),
-        start=Start(recipe.start.image, recipe.start.iterations, used),
+        noise=_noise(recipe, operator, spacing_mm, seed),
+        start=Start(recipe.start.image, recipe.start.iterations, used, start_noise),
         executor=executor or InProcess(),
     )
 
@@ -120,9 +121,13 @@ def _renoise(recipe: Recipe, scale: float) -> Renoise:
     return Renoise(rule, r.direction, r.snr, r.norms)
 
 
-def _noise(recipe: Recipe, depth: int, spacing_mm: float, seed: int) -> NoiseKey:
+def _noise(recipe: Recipe, operator: LinearOperator, spacing_mm: float, seed: int) -> NoiseKey:
+    depth, *shape = operator.domain.shape
     if recipe.noise.kind == "iscs":
-        return keyed.iscs(depth, seed=seed)
+        key = keyed.iscs(depth, seed=seed)
+        if recipe.noise.angle == "expected":
+            return key
+        return keyed.Slerp(seed, 0, key.anchors, key.coefficients, shape=tuple(shape))
     if recipe.noise.kind == "iscs_mm":
         return keyed.iscs_mm(depth, spacing_mm, recipe.noise.correlation_mm, seed=seed)
     return keyed.independent(depth, seed=seed)

@@ -59,11 +59,13 @@ class Start:
             conjugate gradients on A^T W A from the prior's zero.
         iterations: of "cg".
         weights: W of "cg"; None for 1.
+        noise: key of the start's noise; None takes the job's, so that it is tied between slices as the steps' noise is.
     """
 
     image: Literal["offset", "pinv", "cg"] = "offset"
     iterations: int = 20
     weights: Tensor | None = None
+    noise: NoiseKey | None = None
 
 
 @dataclass
@@ -123,7 +125,7 @@ def begin(job: Job) -> State:
         image = _conjugate_gradient_image(job, image)
     job.check(image, "the start image", 0)
     if job.trajectory:
-        z = job.noise.at(0, _START).draw(image.shape[1:], image.dtype, image.device)
+        z = (job.start.noise or job.noise).at(0, _START).draw(image.shape[1:], image.dtype, image.device)
         image = image.add_(z, alpha=job.trajectory[0].sigma)
     return State(image, {}, 0, job.noise.seed)
 

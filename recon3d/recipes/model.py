@@ -155,8 +155,10 @@ class NoiseSection(_Section):
     """Where randomness comes from."""
 
     kind: Literal["independent", "iscs", "iscs_mm"] = "independent"
-    correlation_mm: float = Field(
-        8.0, ge=0, description="iscs_mm: distance of half correlation"
+    correlation_mm: float = Field(8.0, ge=0, description="iscs_mm: distance of half correlation")
+    start: Literal["same", "independent"] = Field("same", description="noise of the first state")
+    angle: Literal["expected", "drawn"] = Field(
+        "expected", description="iscs: between the anchors, pi/2 or as drawn (published; differs by 1/sqrt(pixels))"
     )
 
 
@@ -208,8 +210,6 @@ class Recipe(_Section):
             section, _, name = key.partition(".")
             raw[section][name] = value
         raw["published"] = {}
-        if "noise.kind" in self.published and self.published["noise.kind"] != "independent":
-            raw["claims"] = "estimate"
         return validate(Recipe, raw, f"recipe {self.name}")
 
 
