@@ -119,7 +119,7 @@ def compare(
         raise Refused(f"{op}, {case}, {direction}: not timed, {'; '.join(failed)}")
     thunks = {"ours": ours, **rivals}
     peaks = {k: peak_mb(f, device) + (resident_mb or {}).get(k, 0.0) for k, f in thunks.items()}
-    times = interleave(thunks, rounds=rounds, device=device)
+    times = interleave(thunks, rounds=rounds, device=device)  # peak_mb has warmed everybody
     mine = times["ours"]
     share = math.nan
     if bytes_moved and device == "cuda":
@@ -140,18 +140,16 @@ def compare(
 def interleave(
     thunks: Mapping[str, Thunk], rounds: int = 7, device: str = "cpu", least_s: float = 0.02
 ) -> dict[str, Timing]:
-    """Time every thunk once per round, in turn; the first, untimed round warms caches and compilers.
+    """Time every thunk, warmed up, once per round, in turn.
 
     A turn repeats a call until `least_s` has passed, so that clocks and wake-ups of threads do not show. A
-    slow thunk (more than 3 s a call) stops after three turns.
+    slow thunk (more than 3 s a call) stops after two turns.
     """
     sample = _cuda_sample if device == "cuda" else _cpu_sample
     samples: dict[str, list[Timing]] = {k: [] for k in thunks}
-    for f in thunks.values():
-        f()
     for turn in range(rounds):
         for k, f in thunks.items():
-            if turn >= 3 and samples[k][0].wall_ms > 3000:
+            if turn >= 2 and samples[k][0].wall_ms > 3000:
                 continue
             samples[k].append(sample(f, least_s))
     return {
