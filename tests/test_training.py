@@ -247,7 +247,7 @@ def test_stopped_and_resumed_to_the_bit(raw, tmp_path, bfloat16):
     whole = train(_config(raw, bfloat16=bfloat16))
     cut = _config(raw, bfloat16=bfloat16, out=str(tmp_path / "cut"))
     steps = []
-    stopped = train(cut, lambda p: steps.append(p.step), lambda: len(steps) >= 3)
+    stopped = train(cut, lambda p: steps.append(p.step), lambda: len(steps) >= 2)
     assert not stopped.finished and stopped.step == 3 and (tmp_path / "cut/prior/card.json").exists()
     resumed = train(cut, lambda p: steps.append(p.step))
     assert resumed.finished and steps == list(range(1, 9))
@@ -273,7 +273,7 @@ def test_killed_and_resumed_to_the_bit(raw, tmp_path):
     """kill -9 at moments nobody chose, again and again, until the run is through."""
     import yaml
 
-    raw["steps"] = 30
+    raw["steps"] = 16
     whole = train(_config(raw))
     raw["out"] = str(tmp_path / "killed")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(raw))
@@ -282,13 +282,13 @@ def test_killed_and_resumed_to_the_bit(raw, tmp_path):
         "train(TrainConfig.load(sys.argv[1]), lambda p: print(p.step, flush=True))"
     )
     kills = 0
-    for attempt in range(12):
+    for attempt in range(6):
         run = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / "c.yaml")],
             cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )  # fmt: skip
         lines = 0
-        while attempt < 3 and run.poll() is None:
+        while attempt < 2 and run.poll() is None:
             if run.stdout.readline():
                 lines += 1
             if lines >= 5 + attempt:
@@ -301,9 +301,8 @@ def test_killed_and_resumed_to_the_bit(raw, tmp_path):
             break
     else:
         pytest.fail("never finished")
-    assert kills >= 2
+    assert kills == 2
     assert _files(whole.out)["prior/model.safetensors"] == _files(tmp_path / "killed")["prior/model.safetensors"]
-    assert not list((tmp_path / "killed").glob(".*.tmp")) or kills
 
 
 def test_another_configuration_does_not_resume(raw):

@@ -100,6 +100,7 @@ class TrainConfig(_Strict):
     log_sigma_std: float = Field(1.5, gt=0)
     sigma_range: tuple[float, float] = (0.003, 4.0)
     learning_rate: float = Field(6e-4, gt=0)
+    decay_share: float = Field(0.4, gt=0, le=1, description="last share of the run, in which the rate falls to 0")
     warmup_steps: int = Field(200, ge=0)
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)

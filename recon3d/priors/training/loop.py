@@ -167,13 +167,20 @@ class _Run:
 
     def _step(self) -> float:
         cfg, count = self.config, self.count
-        rate = cfg.learning_rate * min(1.0, (count.step + 1) / max(1, cfg.warmup_steps)) * _cosine(self._fraction())
+        rate = (
+            cfg.learning_rate
+            * min(1.0, (count.step + 1) / max(1, cfg.warmup_steps))
+            * _decay(self._fraction(), cfg.decay_share)
+        )
         batch = tuple(t.to(self.device) for t in self.data.batch(count.step))
         images = len(batch[0])
         # shares are cut by the configuration alone and added in order: the sum does not depend on timing
-        shares = zip(*(t.tensor_split(min(cfg.workers, images)) for t in batch), strict=True)
-        jobs = zip(self.replicas, shares, strict=False)
-        losses = list(self.pool.map(lambda job: self._gradient(job[0], *job[1], images), jobs))
+        cuts = [t.tensor_split(min(cfg.workers, images)) for t in batch]
+        jobs = [
+            self.pool.submit(self._gradient, model, clean, sigma, noise, images)
+            for model, clean, sigma, noise in zip(self.replicas, *cuts, strict=False)
+        ]
+        losses = [job.result() for job in jobs]
         for replica in self.replicas[1 : len(losses)]:
             for p, q in zip(self.named.values(), replica.net.parameters(), strict=True):
                 if p.grad is not None and q.grad is not None:
@@ -319,11 +326,11 @@ class _Run:
             for k, p in self.named.items():
                 p.copy_(tensors[f"model.{k}"])
                 self.ema[k].copy_(tensors[f"ema.{k}"])
-                self.adam.state[p] = {
-                    "step": torch.tensor(float(self.count.step)),
-                    "exp_avg": tensors[f"adam.exp_avg.{k}"].to(p).clone(memory_format=torch.preserve_format),
-                    "exp_avg_sq": tensors[f"adam.exp_avg_sq.{k}"].to(p).clone(memory_format=torch.preserve_format),
-                }
+                # the fused update walks memory, so the moments must lie as the weights do (channels last)
+                moments = {name: torch.empty_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                for name, value in moments.items():
+                    value.copy_(tensors[f"adam.{name}.{k}"])
+                self.adam.state[p] = {"step": torch.tensor(float(self.count.step)), **moments}
 
 
 # a restart may change these: they say how long, how often and where, not what is learned
@@ -345,8 +352,9 @@ def _differences(a: TrainConfig, b: TrainConfig) -> list[str]:
     return sorted(k for k in x if k not in _FREE and x[k] != y[k])
 
 
-def _cosine(fraction: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, fraction)))
+def _decay(fraction: float, share: float) -> float:
+    """1, then half a cosine down to 0 over the last share: useful steps however unevenly the machine gives them."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, 1 - (1 - fraction) / share))))
 
 
 def _due(step: int, since_s: float, every_steps: int | None, every_s: float) -> bool:
