@@ -1,0 +1,296 @@
+#include "cpu/renoise.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common.h"
+
+namespace recon3d {
+namespace {
+
+constexpr int64_t kTile = 2048;   // pixels; three buffers of it stay in the L1/L2 cache
+constexpr int64_t kStack = 16;    // slices of one task: neighbours in correlated noise share anchors, drawn once a task
+constexpr int64_t kVector = 16;   // draws are rounded up to it, so that every block takes the same vector path
+
+RECON3D_CLONES void draw(float* z, uint32_t block0, int blocks, uint32_t slice, PhiloxKey key) {
+  draw_blocks(z, block0, blocks, slice, key);
+}
+RECON3D_CLONES void draw(double* z, uint32_t block0, int blocks, uint32_t slice, PhiloxKey key) {
+  draw_blocks(z, block0, blocks, slice, key);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void mix_loop(T* RECON3D_RESTRICT z, const T* RECON3D_RESTRICT f0, T c0,
+                                                    const T* RECON3D_RESTRICT f1, T c1, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) z[i] = c0 * f0[i] + c1 * f1[i];
+}
+RECON3D_CLONES void mix(float* z, const float* f0, float c0, const float* f1, float c1, int64_t n) {
+  mix_loop(z, f0, c0, f1, c1, n);
+}
+RECON3D_CLONES void mix(double* z, const double* f0, double c0, const double* f1, double c1, int64_t n) {
+  mix_loop(z, f0, c0, f1, c1, n);
+}
+
+// The noise of one pixel range, slice after slice; the last two anchor fields are kept.
+template <class T>
+class RangeNoise {
+ public:
+  RangeNoise(const StackNoise& noise, int64_t most_pixels)
+      : noise_(noise), room_(most_pixels + 4 * kVector + 8), buffer_(3 * room_) {}
+
+  void range(int64_t pixel0, int64_t pixels) {
+    block0_ = pixel0 / 4;
+    skip_ = pixel0 % 4;
+    pixels_ = pixels;
+    held_[0] = held_[1] = -1;
+  }
+
+  // z of this range of a slice, valid until the next call
+  const T* of(int64_t slice) {
+    const int64_t *a = noise_.anchors + 2 * slice;
+    const T c0 = noise_.coefficients[2 * slice], c1 = noise_.coefficients[2 * slice + 1];
+    const T* f0 = c0 != 0 ? field(a[0], c1 != 0 ? a[1] : -1) : nullptr;
+    const T* f1 = c1 != 0 ? field(a[1], c0 != 0 ? a[0] : -1) : nullptr;
+    if (f0 && !f1 && c0 == 1) return f0;
+    if (f1 && !f0 && c1 == 1) return f1;
+    T* z = &buffer_[2 * room_];
+    if (f0 || f1)
+      mix(z, f0 ? f0 : f1, c0, f1 ? f1 : f0, c1, pixels_);
+    else
+      std::fill_n(z, pixels_, T(0));
+    return z;
+  }
+
+ private:
+  const T* field(int64_t anchor, int64_t keep) {
+    for (int s = 0; s < 2; ++s)
+      if (held_[s] == anchor) return &buffer_[s * room_] + skip_;
+    const int s = held_[0] == keep && keep >= 0 ? 1 : 0;
+    const int64_t blocks = (skip_ + pixels_ + 3) / 4;
+    draw(&buffer_[s * room_], static_cast<uint32_t>(block0_),
+         static_cast<int>((blocks + kVector - 1) / kVector * kVector), static_cast<uint32_t>(anchor), noise_.key);
+    held_[s] = anchor;
+    return &buffer_[s * room_] + skip_;
+  }
+
+  StackNoise noise_;
+  int64_t room_, block0_ = 0, skip_ = 0, pixels_ = 0;
+  int64_t held_[2] = {-1, -1};
+  std::vector<T> buffer_;  // two fields and their mixture
+};
+
+// out = x0c + k (u - base) + w z over n pixels of one slice; null and measured weights differ for a mask only.
+template <class T>
+struct Pixels {
+  const T *u, *x0, *x0c, *y;
+  const uint8_t* mask;
+  const T* z;
+  T* out;
+  T k, w, k_measured, w_measured, lam;
+};
+
+template <class T, DataKind kKind, bool kCorrected, bool kEps, bool kNoise>
+inline __attribute__((always_inline)) void pixel_loop(const Pixels<T>& p, int64_t n) {
+  const T *u = p.u, *x0 = p.x0, *x0c = p.x0c, *y = p.y, *z = p.z;
+  const uint8_t* m = p.mask;
+  T* out = p.out;
+  const T k = p.k, w = p.w, k_measured = p.k_measured, w_measured = p.w_measured, lam = p.lam, rest = T(1) - lam;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    T c;
+    if (kKind == DataKind::given) c = x0c[i];
+    if (kKind == DataKind::identity) c = rest * x0[i] + lam * y[i];
+    if (kKind == DataKind::mask) c = m[i] ? rest * x0[i] + lam * y[i] : x0[i];
+    T value = c;
+    if (kEps) value += (kKind == DataKind::mask && m[i] ? k_measured : k) * (u[i] - (kCorrected ? c : x0[i]));
+    if (kNoise) value += (kKind == DataKind::mask && m[i] ? w_measured : w) * z[i];
+    out[i] = value;
+  }
+}
+
+template <class T, DataKind kKind>
+inline __attribute__((always_inline)) void pixels_of_kind(const Pixels<T>& p, int64_t n, bool corrected) {
+  const bool eps = p.k != 0 || p.k_measured != 0;
+  if (eps && p.z)
+    corrected ? pixel_loop<T, kKind, true, true, true>(p, n) : pixel_loop<T, kKind, false, true, true>(p, n);
+  else if (eps)
+    corrected ? pixel_loop<T, kKind, true, true, false>(p, n) : pixel_loop<T, kKind, false, true, false>(p, n);
+  else if (p.z)
+    pixel_loop<T, kKind, false, false, true>(p, n);
+  else
+    pixel_loop<T, kKind, false, false, false>(p, n);
+}
+
+template <class T>
+inline __attribute__((always_inline)) void pixels_of_any(const Pixels<T>& p, int64_t n, DataKind kind, bool corrected) {
+  if (kind == DataKind::given) pixels_of_kind<T, DataKind::given>(p, n, corrected);
+  if (kind == DataKind::identity) pixels_of_kind<T, DataKind::identity>(p, n, corrected);
+  if (kind == DataKind::mask) pixels_of_kind<T, DataKind::mask>(p, n, corrected);
+}
+RECON3D_CLONES void pixels(const Pixels<float>& p, int64_t n, DataKind kind, bool corrected) {
+  pixels_of_any(p, n, kind, corrected);
+}
+RECON3D_CLONES void pixels(const Pixels<double>& p, int64_t n, DataKind kind, bool corrected) {
+  pixels_of_any(p, n, kind, corrected);
+}
+
+// One row of blocks of one slice: what is constant over a block is gathered first (means over factor rows, then over
+// factor columns), then every pixel is out = x0 + k (u - x0) + w z + block[column].
+template <class T>
+struct BlockRow {
+  const T *u, *x0, *y, *z;
+  T* out;
+  T *sum_u, *sum_x, *sum_z;  // [columns] scratch; sum_x ends as the block term
+  int64_t columns, factor;
+  T k, w, k_measured, w_measured, lam;
+  bool corrected;
+};
+
+template <class T>
+inline __attribute__((always_inline)) void block_row_loop(const BlockRow<T>& b) {
+  const int64_t columns = b.columns, f = b.factor;
+  const T *u = b.u, *x0 = b.x0, *z = b.z;
+  T *RECON3D_RESTRICT su = b.sum_u, *RECON3D_RESTRICT sx = b.sum_x, *RECON3D_RESTRICT sz = b.sum_z;
+  const T k = b.k, w = b.w;
+  const bool eps = b.k != 0 || b.k_measured != 0;
+  for (int64_t j = 0; j < columns; ++j) su[j] = sx[j] = sz[j] = 0;
+  for (int64_t i = 0; i < f; ++i) {
+    for (int64_t j = 0; j < columns; ++j) sx[j] += x0[i * columns + j];
+    if (eps)
+      for (int64_t j = 0; j < columns; ++j) su[j] += u[i * columns + j] - x0[i * columns + j];
+    if (z)
+      for (int64_t j = 0; j < columns; ++j) sz[j] += z[i * columns + j];
+  }
+  const T mean = T(1) / static_cast<T>(f * f), dk = b.k_measured - b.k, dw = b.w_measured - b.w;
+  for (int64_t c = 0; c < columns / f; ++c) {
+    T x = 0, e = 0, n = 0;
+    for (int64_t j = c * f; j < (c + 1) * f; ++j) {
+      x += sx[j];
+      e += su[j];
+      n += sz[j];
+    }
+    const T shift = b.lam * (b.y[c] - x * mean);
+    const T e_mean = e * mean - (b.corrected ? shift : T(0));
+    T term = shift;
+    if (eps) term += dk * e_mean - (b.corrected ? k * shift : T(0));
+    if (z) term += dw * (n * mean);
+    for (int64_t j = c * f; j < (c + 1) * f; ++j) sx[j] = term;
+  }
+  for (int64_t i = 0; i < f; ++i) {
+    const T *ur = u + i * columns, *xr = x0 + i * columns, *zr = z + i * columns;
+    T* out = b.out + i * columns;
+    if (eps && z) {
+#pragma GCC ivdep
+      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j] + k * (ur[j] - xr[j]) + w * zr[j];
+    } else if (eps) {
+#pragma GCC ivdep
+      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j] + k * (ur[j] - xr[j]);
+    } else if (z) {
+#pragma GCC ivdep
+      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j] + w * zr[j];
+    } else {
+#pragma GCC ivdep
+      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j];
+    }
+  }
+}
+RECON3D_CLONES void block_row(const BlockRow<float>& b) { block_row_loop(b); }
+RECON3D_CLONES void block_row(const BlockRow<double>& b) { block_row_loop(b); }
+
+inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// Calls body(range, slice) for tasks [task0, task1) of ranges x stacks of slices; range(r) before each stack of range r.
+template <class Range, class Body>
+void for_tasks(int64_t ranges, int64_t slices, int64_t task0, int64_t task1, Range range, Body body) {
+  for (int64_t task = task0; task < task1; ++task) {
+    const int64_t r = task % ranges, first = task / ranges * kStack;
+    range(r);
+    for (int64_t s = first; s < std::min(first + kStack, slices); ++s) body(r, s);
+  }
+}
+
+RECON3D_CLONES void bits_of_blocks(int64_t* RECON3D_RESTRICT bits, uint32_t block0, int64_t pixels, uint32_t slice,
+                                   PhiloxKey key) {
+  for (int64_t b = 0; 4 * b < pixels; ++b) {
+    uint32_t c[4] = {block0 + static_cast<uint32_t>(b), slice, key.level, key.stream};
+    philox4x32(c[0], c[1], c[2], c[3], key.k0, key.k1);
+    for (int64_t j = 0; j < 4 && 4 * b + j < pixels; ++j) bits[4 * b + j] = c[j];
+  }
+}
+
+}  // namespace
+
+int64_t philox_tasks(int64_t slices, int64_t pixels) { return pieces(pixels, kTile) * pieces(slices, kStack); }
+
+template <class T>
+void philox_normal_cpu(const StackNoise& noise, T* z, int64_t slices, int64_t n, int64_t task0, int64_t task1) {
+  RangeNoise<T> source(noise, kTile);
+  const auto size = [&](int64_t r) { return std::min(kTile, n - r * kTile); };
+  for_tasks(
+      pieces(n, kTile), slices, task0, task1, [&](int64_t r) { source.range(r * kTile, size(r)); },
+      [&](int64_t r, int64_t s) { std::copy_n(source.of(s), size(r), z + s * n + r * kTile); });
+}
+
+void philox_bits_cpu(const int64_t* slices, int64_t* bits, int64_t n_slices, int64_t n, PhiloxKey key, int64_t task0,
+                     int64_t task1) {
+  for_tasks(
+      pieces(n, kTile), n_slices, task0, task1, [](int64_t) {},
+      [&](int64_t r, int64_t s) {
+        bits_of_blocks(bits + s * n + r * kTile, static_cast<uint32_t>(r * (kTile / 4)), std::min(kTile, n - r * kTile),
+                       static_cast<uint32_t>(slices[s]), key);
+      });
+}
+
+template <class T>
+int64_t renoise_tasks(const RenoiseStep<T>& step) {
+  const int64_t ranges =
+      step.kind == DataKind::block_mean ? step.rows / step.factor : pieces(step.rows * step.columns, kTile);
+  return ranges * pieces(step.slices, kStack);
+}
+
+template <class T>
+void renoise_cpu(const RenoiseStep<T>& step, int64_t task0, int64_t task1) {
+  const int64_t n = step.rows * step.columns;
+  const bool noisy = step.z_null != 0 || (step.kind != DataKind::given && step.z_measured != 0);
+  const T k = static_cast<T>(step.k_null), w = static_cast<T>(step.z_null), lam = static_cast<T>(step.lam);
+  const T k_measured = static_cast<T>(step.k_measured), w_measured = static_cast<T>(step.z_measured);
+  if (step.kind == DataKind::block_mean) {
+    const int64_t band = step.factor * step.columns, small = step.columns / step.factor, bands = step.rows / step.factor;
+    RangeNoise<T> source(step.noise, band);
+    std::vector<T> sums(3 * step.columns);
+    for_tasks(
+        bands, step.slices, task0, task1, [&](int64_t r) { source.range(r * band, band); },
+        [&](int64_t r, int64_t s) {
+          const int64_t at = s * n + r * band;
+          block_row(BlockRow<T>{step.u + at, step.x0 + at, step.y + (s * bands + r) * small,
+                                noisy ? source.of(s) : nullptr, step.out + at, &sums[0], &sums[step.columns],
+                                &sums[2 * step.columns], step.columns, step.factor, k, w, k_measured, w_measured, lam,
+                                step.corrected});
+        });
+    return;
+  }
+  // without a mask every pixel has the same weights
+  const bool measured = step.kind == DataKind::identity, masked = step.kind == DataKind::mask;
+  RangeNoise<T> source(step.noise, kTile);
+  for_tasks(
+      pieces(n, kTile), step.slices, task0, task1,
+      [&](int64_t r) { source.range(r * kTile, std::min(kTile, n - r * kTile)); },
+      [&](int64_t r, int64_t s) {
+        const int64_t at = s * n + r * kTile;
+        const auto from = [&](const T* p) { return p ? p + at : nullptr; };
+        pixels(Pixels<T>{step.u + at, step.x0 + at, from(step.x0c), from(step.y),
+                         step.mask ? step.mask + s * step.mask_stride + r * kTile : nullptr,
+                         noisy ? source.of(s) : nullptr, step.out + at, measured ? k_measured : k,
+                         measured ? w_measured : w, masked ? k_measured : T(0), masked ? w_measured : T(0), lam},
+               std::min(kTile, n - r * kTile), step.kind, step.corrected);
+      });
+}
+
+template void philox_normal_cpu<float>(const StackNoise&, float*, int64_t, int64_t, int64_t, int64_t);
+template void philox_normal_cpu<double>(const StackNoise&, double*, int64_t, int64_t, int64_t, int64_t);
+template int64_t renoise_tasks<float>(const RenoiseStep<float>&);
+template int64_t renoise_tasks<double>(const RenoiseStep<double>&);
+template void renoise_cpu<float>(const RenoiseStep<float>&, int64_t, int64_t);
+template void renoise_cpu<double>(const RenoiseStep<double>&, int64_t, int64_t);
+
+}  // namespace recon3d
