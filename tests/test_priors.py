@@ -316,6 +316,13 @@ def test_precision_choice():
         compute_dtype(cpu, "half")
 
 
+def test_one_noise_level_for_all_is_each_ones_own():
+    net, x = _net(), _state(3, 1, 16, 16) / MU_WATER
+    with torch.no_grad():
+        a, b = net(x, torch.full((3,), -0.4)), net(x, torch.full((1,), -0.4))
+    assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
 def test_unet_rejects_sides_it_cannot_halve():
     with pytest.raises(ValueError, match="multiples of 4"):
         UNet(TINY)(torch.zeros(1, 1, 6, 8), torch.zeros(1))

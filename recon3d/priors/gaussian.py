@@ -46,9 +46,7 @@ class GaussianPrior:
         scale: as above; recipes give noise levels in network units.
     """
 
-    def __init__(
-        self, spectrum: Tensor, mean: float | Tensor = 0.0, offset: float = 0.0, scale: float = 1.0
-    ) -> None:
+    def __init__(self, spectrum: Tensor, mean: float | Tensor = 0.0, offset: float = 0.0, scale: float = 1.0) -> None:
         if spectrum.ndim != 2 or not bool((spectrum > 0).all()):
             raise ValueError(
                 f"GaussianPrior: spectrum must be positive [row, col] variances, got {tuple(spectrum.shape)}"
@@ -68,18 +66,14 @@ class GaussianPrior:
     def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
         """E[x0 | u], [batch, channel, row, col] in user units."""
         if tuple(u.shape[-2:]) != tuple(self.spectrum.shape):
-            raise ValueError(
-                f"GaussianPrior: slices must be {tuple(self.spectrum.shape)}, got {tuple(u.shape[-2:])}"
-            )
+            raise ValueError(f"GaussianPrior: slices must be {tuple(self.spectrum.shape)}, got {tuple(u.shape[-2:])}")
         rows, columns, mean = (t.to(u) for t in (self._rows, self._columns, self.mean))
         gain = (self.spectrum / (self.spectrum + sigma**2)).to(u)
         return mean + rows.T @ (gain * (rows @ (u - mean) @ columns.T)) @ columns
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n slices from the prior, [n, row, col] float64."""
-        z = torch.randn(
-            n, *self.spectrum.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
-        )
+        z = torch.randn(n, *self.spectrum.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         return self.mean + self._rows.T @ (self.spectrum.sqrt() * z) @ self._columns
 
     def covariance(self) -> Tensor:

@@ -98,7 +98,7 @@ class NetworkPrior:
         if dh or dw:
             mode = "reflect" if dh < h and dw < w else "replicate"
             y = F.pad(y, (0, dw, 0, dh), mode=mode)
-        c_noise = torch.full((x.shape[0],), math.log(sigma) / 4, dtype=torch.float32, device=x.device)
+        c_noise = torch.full((1,), math.log(sigma) / 4, dtype=torch.float32, device=x.device)
         out: Tensor = self._net(y.contiguous(memory_format=torch.channels_last), c_noise)
         return (d * norm) ** 2 * x + sigma * d * norm * out[..., :h, :w]
 

@@ -43,7 +43,7 @@ class UNetConfig(BaseModel):
 
 
 class UNet(nn.Module):
-    """F(x, c_noise): [b, c, row, col] and [b] -> [b, c_out, row, col].
+    """F(x, c_noise): [b, c, row, col] and [b], or [1] for all -> [b, c_out, row, col].
 
     >>> net = UNet(UNetConfig(channels=(8, 16), blocks=1, group_size=8))
     >>> net(torch.zeros(2, 1, 6, 10), torch.zeros(2)).shape
@@ -140,9 +140,18 @@ class _ResBlock(nn.Module):
         _zero(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        scale, shift = self.affine(emb).to(h.dtype)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
+        quiet = not torch.is_grad_enabled()
+        h = self.conv1(F.silu(self.norm1(x), inplace=quiet))
+        scale, shift = self.affine(emb).chunk(2, dim=1)
+        if len(emb) == 1:
+            # one noise level for all: the norm's own scale and shift take it along, one pass over h less
+            weight = self.norm2.weight * (1 + scale[0])
+            bias = torch.addcmul(shift[0], self.norm2.bias, 1 + scale[0])
+            h = F.group_norm(h, self.norm2.num_groups, weight, bias, self.norm2.eps)
+        else:
+            scale, shift = (t.to(h.dtype)[:, :, None, None] for t in (scale, shift))
+            h = torch.addcmul(shift, self.norm2(h), scale + 1)
+        h = F.silu(h, inplace=quiet)
         out: Tensor = (self.skip(x) + self.conv2(h)) * math.sqrt(0.5)
         return out
 
