@@ -84,6 +84,9 @@ def test_in_place_equals_functional(shape, dtype):
         check()
     for a, b in zip((z, w, g), tvz_update(x, z, w0, 0.4, 1.7), strict=True):
         assert torch.equal(a, b)
+    w_only, g_only = w0.clone(), torch.full_like(g, math.nan)
+    tvz_update_(x, None, w_only, g_only, 0.4, 1.7)
+    assert torch.equal(w_only, w) and torch.equal(g_only, g)
 
 
 def test_outputs_are_whole():
@@ -163,6 +166,7 @@ def test_opcheck():
     ops = torch.ops.recon3d
     torch.library.opcheck(ops.tvz_update.default, (x.requires_grad_(), w, 0.3, 1.0, False))
     torch.library.opcheck(ops.tvz_update_.default, (x.detach(), x.detach() * 0, w, w * 0, 0.3, 1.0, False))
+    torch.library.opcheck(ops.tvz_update_.default, (x.detach(), None, w.clone(), w * 0, 0.3, 1.0, True))
     for op in (ops.tvz_diff, ops.tvz_adjoint, ops.tvz_normal):
         torch.library.opcheck(op.default, (x.detach().requires_grad_(), 1.5, False))
     torch.library.opcheck(ops.tvz_add_normal_.default, (w.clone(), x.detach(), 1.5, False))
@@ -184,6 +188,58 @@ def test_admm_reaches_the_optimum():
     moving = jump.abs() > 1e-6
     assert moving.any() and not moving.all()
     assert (dual[moving] - lam * jump[moving].sign()).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("periodic", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (2, 9, 7), (9, 61), (5, 3, 11)], ids=str)
+def test_triton_interpreted(shape, dtype, periodic):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: test_cuda runs the kernels themselves")
+    from recon3d.kernels import tvz as kernels
+
+    x, w0 = volumes(shape, 2, dtype)
+    for kind, reference in ((0, tvz._diff), (1, tvz._adjoint), (2, tvz._normal)):
+        out, check = guarded(*shape, dtype=dtype)
+        kernels.stencil(kind, x, out, 1.3, periodic, add=False, block=64)
+        check()
+        check_close_to_float64(out, reference(x, 1.3, periodic), reference(x.double(), 1.3, periodic), f"stencil {kind}")
+        out.copy_(w0)
+        kernels.stencil(kind, x, out, 1.3, periodic, add=True, block=64)
+        check()
+        truth = w0.double() + reference(x.double(), 1.3, periodic)
+        check_close_to_float64(out, w0 + reference(x, 1.3, periodic), truth, f"add {kind}")
+    own, truth = (tvz._update(x.to(t), w0.to(t), 0.4, 1.3, periodic) for t in (dtype, torch.float64))
+    for in_place in (False, True):
+        (z, *checks), (w, check_w), (g, check_g) = (guarded(*shape, dtype=dtype) for _ in range(3))
+        w.copy_(w0)
+        kernels.update(x, w if in_place else w0, z, w, g, 0.4, 1.3, periodic, tile=(4, 16))
+        for check in (*checks, check_w, check_g):
+            check()
+        for name, a, b, c in zip("zwg", (z, w, g), own, truth, strict=True):
+            check_close_to_float64(a, b, c, name)
+    w, g2 = w0.clone(), torch.full_like(g, math.nan)
+    kernels.update(x, w, None, w, g2, 0.4, 1.3, periodic, tile=(4, 16))
+    assert torch.equal(g2, g)
+
+
+@pytest.mark.gpu
+def test_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    for shape in ((48, 61, 53), (3, 256, 256), (1, 5)):
+        for dtype in DTYPES:
+            x, w = volumes(shape, 2, dtype)
+            own, truth = (tvz._update(x.to(t), w.to(t), 0.4, 1.3, False) for t in (dtype, torch.float64))
+            gx, gw, gz, gg = x.cuda(), w.cuda(), torch.empty_like(x, device="cuda"), torch.empty_like(x, device="cuda")
+            for a, b, c in zip(tvz_update(gx, gx, gw, 0.4, 1.3), own, truth, strict=True):
+                check_close_to_float64(a.cpu(), b, c)
+            tvz_update_(gx, gz, gw, gg, 0.4, 1.3)
+            for a, b, c in zip((gz, gw, gg), own, truth, strict=True):
+                check_close_to_float64(a.cpu(), b, c)
+            for op, ref in ((tvz_diff, tvz._diff), (tvz_adjoint, tvz._adjoint), (tvz_normal, tvz._normal)):
+                check_close_to_float64(op(gx, 1.3).cpu(), ref(x, 1.3, False), ref(x.double(), 1.3, False))
 
 
 def test_bad_input():

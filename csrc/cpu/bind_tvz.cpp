@@ -1,4 +1,8 @@
 #include "bind.h"
+
+#include <optional>
+#include <tuple>
+
 #include "cpu/tvz.h"
 
 namespace recon3d {
@@ -47,14 +51,14 @@ void tvz_add_normal_(Tensor q, const Tensor& x, double weight, bool periodic) {
   stencil_into(TvzStencil::kNormal, x, q, weight, periodic, true, "tvz_add_normal_");
 }
 
-void update_into(const Tensor& x, const Tensor& w, Tensor& z, Tensor& w_new, Tensor& g, double threshold, double scale,
+void update_into(const Tensor& x, const Tensor& w, Tensor* z, Tensor& w_new, Tensor& g, double threshold, double scale,
                  bool periodic) {
   const int64_t slices = x.size(0), pixels = pixels_of(x, "tvz_update");
-  for (const Tensor* t : {&w, static_cast<const Tensor*>(&z), static_cast<const Tensor*>(&w_new), static_cast<const Tensor*>(&g)})
-    alike(x, *t, "tvz_update");
+  for (const Tensor* t : {&w, static_cast<const Tensor*>(&w_new), static_cast<const Tensor*>(&g)}) alike(x, *t, "tvz_update");
+  if (z) alike(x, *z, "tvz_update");
   RECON3D_REAL(x, "tvz_update", {
     const scalar_t *xs = in<scalar_t>(x), *ws = in<scalar_t>(w);
-    scalar_t *zo = out<scalar_t>(z), *wo = out<scalar_t>(w_new), *go = out<scalar_t>(g);
+    scalar_t *zo = z ? out<scalar_t>(*z) : nullptr, *wo = out<scalar_t>(w_new), *go = out<scalar_t>(g);
     torch::stable::parallel_for(0, pixels, kGrain, [&](int64_t p0, int64_t p1) {
       tvz_update_cpu(xs, ws, zo, wo, go, slices, pixels, static_cast<scalar_t>(threshold), static_cast<scalar_t>(scale),
                      periodic, p0, p1);
@@ -64,11 +68,11 @@ void update_into(const Tensor& x, const Tensor& w, Tensor& z, Tensor& w_new, Ten
 
 std::tuple<Tensor, Tensor, Tensor> tvz_update(const Tensor& x, const Tensor& w, double threshold, double scale, bool periodic) {
   Tensor z = torch::stable::empty_like(x), w_new = torch::stable::empty_like(x), g = torch::stable::empty_like(x);
-  update_into(x, w, z, w_new, g, threshold, scale, periodic);
+  update_into(x, w, &z, w_new, g, threshold, scale, periodic);
   return {z, w_new, g};
 }
-void tvz_update_(const Tensor& x, Tensor z, Tensor w, Tensor g, double threshold, double scale, bool periodic) {
-  update_into(x, w, z, w, g, threshold, scale, periodic);
+void tvz_update_(const Tensor& x, std::optional<Tensor> z, Tensor w, Tensor g, double threshold, double scale, bool periodic) {
+  update_into(x, w, z ? &*z : nullptr, w, g, threshold, scale, periodic);
 }
 }  // namespace
 }  // namespace recon3d

@@ -83,20 +83,21 @@ void tvz_stencil_cpu(TvzStencil kind, const T* x, T* out, int64_t slices, int64_
 template <class T>
 void tvz_update_cpu(const T* x, const T* w, T* z, T* w_new, T* g, int64_t slices, int64_t pixels, T threshold, T scale,
                     bool periodic, int64_t p0, int64_t p1) {
-  T last[kBlock], before[kBlock], z_end[kBlock], w_end[kBlock], g_end[kBlock];
+  T last[kBlock], before[kBlock], w_end[kBlock], g_end[kBlock], unwanted[kBlock];
   for (int64_t p = p0; p < p1; p += kBlock) {
     const int64_t n = std::min(kBlock, p1 - p), end = (slices - 1) * pixels + p;
     std::fill_n(last, n, T(0));
     if (periodic && slices) {  // slice 0 follows the last one, of which only `last` is wanted now
       std::copy_n(w + end, n, w_end);
-      update(x + end, x + p, last, z_end, w_end, g_end, n, threshold, scale);
+      update(x + end, x + p, last, unwanted, w_end, g_end, n, threshold, scale);
     }
     for (int64_t k = 0; k < slices; ++k) {
       const int64_t at = k * pixels + p;
       const bool top = k == slices - 1;
       if (w_new != w) std::copy_n(w + at, n, w_new + at);  // the row is in cache when it is changed
       if (top && !periodic) std::copy_n(last, n, before);
-      update(x + at, !top ? x + at + pixels : periodic ? x + p : x + at, last, z + at, w_new + at, g + at, n, threshold, scale);
+      update(x + at, !top ? x + at + pixels : periodic ? x + p : x + at, last, z ? z + at : unwanted,
+             w_new + at, g + at, n, threshold, scale);
       if (top && !periodic)  // the last difference does not exist, so D^T has nothing to take from it
         for (int64_t i = 0; i < n; ++i) g[at + i] = scale * before[i];
     }

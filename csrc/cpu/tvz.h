@@ -12,7 +12,7 @@ void tvz_stencil_cpu(TvzStencil kind, const T* x, T* out, int64_t slices, int64_
                      int64_t p0, int64_t p1);
 
 // a = scale (x_{k+1} - x_k) + w;  w_new = clamp(a, -threshold, threshold);  z = a - w_new;  g = scale D1^T (z - w_new).
-//   w_new may be w itself; z, w_new and g are overwritten and must not alias anything else.
+//   w_new may be w itself; z, w_new and g are overwritten and must not alias anything else. z may be null: not wanted.
 template <class T>
 void tvz_update_cpu(const T* x, const T* w, T* z, T* w_new, T* g, int64_t slices, int64_t pixels, T threshold, T scale,
                     bool periodic, int64_t p0, int64_t p1);

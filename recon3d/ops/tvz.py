@@ -13,7 +13,9 @@ reproduce published code that does so.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,13 +131,13 @@ def tvz_update(
 
 
 def tvz_update_(
-    x: Tensor, z: Tensor, w: Tensor, g: Tensor, threshold: float, scale: float = 1.0, periodic: bool = False
+    x: Tensor, z: Tensor | None, w: Tensor, g: Tensor, threshold: float, scale: float = 1.0, periodic: bool = False
 ) -> None:
     """tvz_update in place: z and w become z' and w', g becomes D^T(z' - w'). No autograd.
 
     Args:
         x: volume, [z, ...] float32 or float64.
-        z: split, overwritten; contiguous.
+        z: split, overwritten; contiguous. None where only w and g go on (they are all that a solver needs).
         w: scaled dual, updated; contiguous.
         g: right-hand side, overwritten; contiguous.
         threshold: as in tvz_update.
@@ -147,7 +149,7 @@ def tvz_update_(
         TypeError: as tvz_update.
     """
     _check("tvz_update_", x, threshold=threshold, scale=scale)
-    _check_state("tvz_update_", x, z=z, w=w, g=g)
+    _check_state("tvz_update_", x, w=w, g=g, **({} if z is None else {"z": z}))
     torch.ops.recon3d.tvz_update_(x.contiguous(), z, w, g, threshold, scale, periodic)
 
 
@@ -213,10 +215,11 @@ def _update(x: Tensor, w: Tensor, threshold: float, scale: float, periodic: bool
 
 
 def _update_in_place(
-    x: Tensor, z: Tensor, w: Tensor, g: Tensor, threshold: float, scale: float, periodic: bool
+    x: Tensor, z: Tensor | None, w: Tensor, g: Tensor, threshold: float, scale: float, periodic: bool
 ) -> None:
     for old, new in zip((z, w, g), _update(x, w, threshold, scale, periodic), strict=True):
-        old.copy_(new)
+        if old is not None:
+            old.copy_(new)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -272,7 +275,50 @@ _library.define(
     backward=_update_backward,
 )
 _library.define(
-    "tvz_update_(Tensor x, Tensor(a!) z, Tensor(b!) w, Tensor(c!) g, float threshold, float scale, bool periodic) -> ()",
+    "tvz_update_(Tensor x, Tensor(a!)? z, Tensor(b!) w, Tensor(c!) g, float threshold, float scale, bool periodic)"
+    " -> ()",
     _update_in_place,
     lambda *_: None,
 )
+
+
+def _cuda_new(kind: int) -> Callable[..., Tensor]:
+    def launch(x: Tensor, scale: float, periodic: bool) -> Tensor:
+        from recon3d.kernels import tvz as kernels
+
+        out = torch.empty_like(x)
+        kernels.stencil(kind, x, out, scale, periodic, add=False)
+        return out
+
+    return launch
+
+
+def _cuda_add_normal(q: Tensor, x: Tensor, weight: float, periodic: bool) -> None:
+    from recon3d.kernels import tvz as kernels
+
+    kernels.stencil(kernels.NORMAL, x, q, weight, periodic, add=True)
+
+
+def _cuda_update(x: Tensor, w: Tensor, threshold: float, scale: float, periodic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from recon3d.kernels import tvz as kernels
+
+    z, w_new, g = (torch.empty_like(x) for _ in range(3))
+    kernels.update(x, w, z, w_new, g, threshold, scale, periodic)
+    return z, w_new, g
+
+
+def _cuda_update_in_place(
+    x: Tensor, z: Tensor | None, w: Tensor, g: Tensor, threshold: float, scale: float, periodic: bool
+) -> None:
+    from recon3d.kernels import tvz as kernels
+
+    kernels.update(x, w, z, w, g, threshold, scale, periodic)
+
+
+if importlib.util.find_spec("triton") is not None:
+    _library.register_cuda("tvz_diff", _cuda_new(0))
+    _library.register_cuda("tvz_adjoint", _cuda_new(1))
+    _library.register_cuda("tvz_normal", _cuda_new(2))
+    _library.register_cuda("tvz_add_normal_", _cuda_add_normal)
+    _library.register_cuda("tvz_update", _cuda_update)
+    _library.register_cuda("tvz_update_", _cuda_update_in_place)
