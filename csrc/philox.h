@@ -7,6 +7,9 @@
 
 namespace recon3d {
 
+constexpr uint32_t kPhiloxA = 0xD2511F53u, kPhiloxB = 0xCD9E8D57u;  // multipliers
+constexpr uint32_t kWeylA = 0x9E3779B9u, kWeylB = 0xBB67AE85u;      // key increments
+
 struct PhiloxKey {
   uint32_t k0, k1;         // seed, low and high half
   uint32_t level, stream;  // counter words 2 and 3
@@ -17,11 +20,13 @@ inline __attribute__((always_inline)) void philox4x32(uint32_t& c0, uint32_t& c1
                                                       uint32_t k0, uint32_t k1) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
-    const uint32_t hp = static_cast<uint32_t>((static_cast<uint64_t>(c0) * 0xD2511F53u) >> 32), lp = c0 * 0xD2511F53u;
-    const uint32_t hq = static_cast<uint32_t>((static_cast<uint64_t>(c2) * 0xCD9E8D57u) >> 32), lq = c2 * 0xCD9E8D57u;
-    c0 = hq ^ c1 ^ k0; c1 = lq; c2 = hp ^ c3 ^ k1; c3 = lp;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
+    const uint64_t p = static_cast<uint64_t>(c0) * kPhiloxA, q = static_cast<uint64_t>(c2) * kPhiloxB;
+    c0 = static_cast<uint32_t>(q >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(q);
+    c2 = static_cast<uint32_t>(p >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p);
+    k0 += kWeylA;
+    k1 += kWeylB;
   }
 }
 
@@ -49,7 +54,8 @@ inline __attribute__((always_inline)) double minus_two_log(uint32_t w, double) {
   const double u = (static_cast<double>(static_cast<int32_t>(w >> 9)) + 0.5) * 0x1p-23;
   int64_t bits;
   std::memcpy(&bits, &u, 8);
-  // the exponent from the high half in 32 bits: 64-bit arithmetic shifts and conversions do not vectorise before AVX-512
+  // the exponent from the high half in 32 bits: 64-bit arithmetic shifts and conversions do not vectorise before
+  // AVX-512
   const int32_t e = (static_cast<int32_t>(bits >> 32) - 0x3FE6A09E) >> 20;
   bits -= static_cast<int64_t>(e) * (int64_t{1} << 52);
   double m;
@@ -65,14 +71,23 @@ inline __attribute__((always_inline)) double minus_two_log(uint32_t w, double) {
 inline __attribute__((always_inline)) void sin_cos_turns(float f, float& sin, float& cos) {
   const float f2 = f * f;
   sin = f * (((f2 * -75.39356231689453f + 81.59235382080078f) * f2 - 41.3416633605957f) * f2 + 6.2831854820251465f);
-  cos = 1.0f + f2 * (((f2 * 59.22924041748047f - 85.4432373046875f) * f2 + 64.93932342529297f) * f2 -
-                     19.739208221435547f);
+  cos = 1.0f +
+        f2 * (((f2 * 59.22924041748047f - 85.4432373046875f) * f2 + 64.93932342529297f) * f2 - 19.739208221435547f);
 }
 
 inline __attribute__((always_inline)) void sin_cos_turns(double f, double& sin, double& cos) {
   const double x = f * 6.283185307179586, x2 = x * x;
-  constexpr double kSin[8] = {-0.16666666666666666, 0.008333333333333333, -0.0001984126984126984, 2.7557319223985893e-06, -2.505210838544172e-08, 1.6059043836821613e-10, -7.647163731819816e-13, 2.8114572543455206e-15};
-  constexpr double kCos[8] = {-0.5, 0.041666666666666664, -0.001388888888888889, 2.48015873015873e-05, -2.755731922398589e-07, 2.08767569878681e-09, -1.1470745597729725e-11, 4.779477332387385e-14};
+  constexpr double kSin[8] = {-0.16666666666666666,   0.008333333333333333,   -0.0001984126984126984,
+                              2.7557319223985893e-06, -2.505210838544172e-08, 1.6059043836821613e-10,
+                              -7.647163731819816e-13, 2.8114572543455206e-15};
+  constexpr double kCos[8] = {-0.5,
+                              0.041666666666666664,
+                              -0.001388888888888889,
+                              2.48015873015873e-05,
+                              -2.755731922398589e-07,
+                              2.08767569878681e-09,
+                              -1.1470745597729725e-11,
+                              4.779477332387385e-14};
   double p = kSin[7], q = kCos[7];
 #pragma GCC unroll 7
   for (int k = 6; k >= 0; --k) {
@@ -96,16 +111,16 @@ inline __attribute__((always_inline)) void box_muller(uint32_t w0, uint32_t w1, 
   n1 = radius * (quarter & 2 ? -s : s);
 }
 
-// z[4 i + j] = normal j of block block0 + i of a slice, for i < blocks
+// z[4 i + j] = normal j of block i from its words w[j][i], for i < blocks
 template <class T>
-inline __attribute__((always_inline)) void draw_blocks(T* __restrict__ z, uint32_t block0, int blocks, uint32_t slice,
-                                                       PhiloxKey key) {
-  for (int i = 0; i < blocks; ++i) {
-    uint32_t c0 = block0 + static_cast<uint32_t>(i), c1 = slice, c2 = key.level, c3 = key.stream;
-    philox4x32(c0, c1, c2, c3, key.k0, key.k1);
+inline __attribute__((always_inline)) void normals_of_words(T* __restrict__ z, const uint32_t* __restrict__ w0,
+                                                            const uint32_t* __restrict__ w1,
+                                                            const uint32_t* __restrict__ w2,
+                                                            const uint32_t* __restrict__ w3, int64_t blocks) {
+  for (int64_t i = 0; i < blocks; ++i) {
     T n0, n1, n2, n3;
-    box_muller(c0, c1, n0, n1);
-    box_muller(c2, c3, n2, n3);
+    box_muller(w0[i], w1[i], n0, n1);
+    box_muller(w2[i], w3[i], n2, n3);
     z[4 * i] = n0;
     z[4 * i + 1] = n1;
     z[4 * i + 2] = n2;

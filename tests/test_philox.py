@@ -1,12 +1,14 @@
 """recon3d.ops.philox: known answers, the same integers and normals on every backend, their statistics."""
 
 import math
+import subprocess
 
 import pytest
 import torch
 from laws import check_close_to_float64, check_threads, guarded
 from scipy import stats
 
+from recon3d import _build
 from recon3d.ops import philox, philox4x32, philox_bits, philox_normal
 
 F = 0xFFFFFFFF
@@ -69,6 +71,49 @@ def test_normals_agree(seed, level, stream, slices, pixels):
         if truth.numel():
             # absolute, as cos and sin cross zero; |z| < 6
             assert (got.double() - truth).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+PROGRAM = r"""
+#include <cstdio>
+#include "cpu/philox_words.h"
+using namespace recon3d;
+int main() {
+  static uint32_t want[4 * 48], got[4 * 48];
+  const PhiloxKey keys[] = {{0, 0, 0, 0}, {0xFFFFFFFFu, 0x80000001u, 0xFFFFFFFFu, 7u}};
+  const uint32_t starts[] = {0, 0xFFFFFFF0u, 0x7FFFFFFFu};
+  int wrong = 0;
+  for (const PhiloxKey& key : keys)
+    for (uint32_t start : starts) {
+      philox_words_plain(want, start, 48, 0x89ABCDEFu, key);
+#ifdef __x86_64__
+      if (__builtin_cpu_supports("avx2")) {
+        philox_words_256(got, start, 48, 0x89ABCDEFu, key);
+        for (int i = 0; i < 192; ++i) wrong += got[i] != want[i];
+      }
+      if (__builtin_cpu_supports("avx512f")) {
+        philox_words_512(got, start, 48, 0x89ABCDEFu, key);
+        for (int i = 0; i < 192; ++i) wrong += got[i] != want[i];
+      }
+#endif
+      philox_words(got, start, 48, 0x89ABCDEFu, key);
+      for (int i = 0; i < 192; ++i) wrong += got[i] != want[i];
+    }
+  std::printf("%d", wrong);
+}
+"""
+
+
+def test_vector_paths_agree(tmp_path):
+    # the machine's own path is tested above; this one runs every path that the machine can
+    try:
+        compiler = _build.compilers()[0]
+    except _build.BuildError:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "words.cpp").write_text(PROGRAM)
+    command = [compiler, "-std=c++17", "-O2", f"-I{_build.sources_dir()}", "words.cpp", "-o", "words"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "words"], capture_output=True, text=True, check=True)
+    assert done.stdout == "0"
 
 
 @pytest.mark.parametrize("seed, level, stream, slices, pixels", CASES)

@@ -215,7 +215,7 @@ def test_linear(kind):
 @pytest.mark.parametrize("eps_from", ["x0", "x0c"])
 @pytest.mark.parametrize("sigma_y", [0.0, 0.7])
 def test_gradient(kind, eps_from, sigma_y):
-    u, x0, x0c = make(kind, (2, 3, 4), torch.float64, sigma_y)
+    u, x0, x0c = make(kind, (2, 1, 3), torch.float64, sigma_y)
     key = noise.iscs(2, seed=1)
     last = x0c if kind == "given" else x0c.y
     inputs = [t.clone().requires_grad_() for t in (u, x0, last)]

@@ -66,8 +66,8 @@ void step_into(Tensor& result, const Tensor& u, const Tensor& x0, const Optional
                                  mask->scalar_type() == ScalarType::Bool && mask->is_contiguous())),
                   "renoise: x0, x0c, y and mask must be contiguous and go with u");
   check_noise(anchors, coefficients, slices);
-  const DataKind kind = x0c    ? DataKind::given
-                        : mask ? DataKind::mask
+  const DataKind kind = x0c          ? DataKind::given
+                        : mask       ? DataKind::mask
                         : factor > 1 ? DataKind::block_mean
                                      : DataKind::identity;
   RECON3D_REAL(u, "renoise", {
@@ -90,15 +90,14 @@ void step_into(Tensor& result, const Tensor& u, const Tensor& x0, const Optional
                                      z_measured,
                                      lam,
                                      corrected};
-    torch::stable::parallel_for(0, renoise_tasks(step), 1,
-                                [&](int64_t t0, int64_t t1) { renoise_cpu(step, t0, t1); });
+    torch::stable::parallel_for(0, renoise_tasks(step), 1, [&](int64_t t0, int64_t t1) { renoise_cpu(step, t0, t1); });
   })
 }
 
 Tensor renoise(const Tensor& u, const Tensor& x0, const OptionalTensor& x0c, const OptionalTensor& y,
-               const OptionalTensor& mask, int64_t factor, const Tensor& anchors, const Tensor& coefficients, int64_t seed,
-               int64_t level, int64_t stream, double k_null, double z_null, double k_measured, double z_measured,
-               double lam, bool corrected) {
+               const OptionalTensor& mask, int64_t factor, const Tensor& anchors, const Tensor& coefficients,
+               int64_t seed, int64_t level, int64_t stream, double k_null, double z_null, double k_measured,
+               double z_measured, double lam, bool corrected) {
   Tensor result = torch::stable::empty_like(u);
   step_into(result, u, x0, x0c, y, mask, factor, anchors, coefficients, seed, level, stream, k_null, z_null, k_measured,
             z_measured, lam, corrected);
@@ -106,9 +105,9 @@ Tensor renoise(const Tensor& u, const Tensor& x0, const OptionalTensor& x0c, con
 }
 
 void renoise_(Tensor u, const Tensor& x0, const OptionalTensor& x0c, const OptionalTensor& y,
-              const OptionalTensor& mask, int64_t factor, const Tensor& anchors, const Tensor& coefficients, int64_t seed,
-              int64_t level, int64_t stream, double k_null, double z_null, double k_measured, double z_measured,
-              double lam, bool corrected) {
+              const OptionalTensor& mask, int64_t factor, const Tensor& anchors, const Tensor& coefficients,
+              int64_t seed, int64_t level, int64_t stream, double k_null, double z_null, double k_measured,
+              double z_measured, double lam, bool corrected) {
   step_into(u, u, x0, x0c, y, mask, factor, anchors, coefficients, seed, level, stream, k_null, z_null, k_measured,
             z_measured, lam, corrected);
 }

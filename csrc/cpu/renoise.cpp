@@ -4,19 +4,33 @@
 #include <vector>
 
 #include "common.h"
+#include "cpu/philox_words.h"
 
 namespace recon3d {
 namespace {
 
-constexpr int64_t kTile = 2048;   // pixels; three buffers of it stay in the L1/L2 cache
-constexpr int64_t kStack = 16;    // slices of one task: neighbours in correlated noise share anchors, drawn once a task
-constexpr int64_t kVector = 16;   // draws are rounded up to it, so that every block takes the same vector path
+constexpr int64_t kTile = 2048;  // pixels; three buffers of it stay in the L1/L2 cache
+constexpr int64_t kStack = 16;   // slices of one task: neighbours in correlated noise share anchors, drawn once a task
+constexpr int64_t kVector = 16;  // draws are rounded up to it, so that every block takes the same vector path
 
-RECON3D_CLONES void draw(float* z, uint32_t block0, int blocks, uint32_t slice, PhiloxKey key) {
-  draw_blocks(z, block0, blocks, slice, key);
+constexpr int64_t kWords = 256;  // blocks whose words are in flight: 4 KB
+
+RECON3D_CLONES void box_muller_blocks(float* z, const uint32_t* w, int64_t n) {
+  normals_of_words(z, w, w + n, w + 2 * n, w + 3 * n, n);
 }
-RECON3D_CLONES void draw(double* z, uint32_t block0, int blocks, uint32_t slice, PhiloxKey key) {
-  draw_blocks(z, block0, blocks, slice, key);
+RECON3D_CLONES void box_muller_blocks(double* z, const uint32_t* w, int64_t n) {
+  normals_of_words(z, w, w + n, w + 2 * n, w + 3 * n, n);
+}
+
+// words first, then normals: one loop with both runs out of registers and takes twice as long
+template <class T>
+void draw(T* z, int64_t block0, int64_t blocks, uint32_t slice, PhiloxKey key) {
+  alignas(64) uint32_t w[4 * kWords];
+  for (int64_t i = 0; i < blocks; i += kWords) {
+    const int64_t n = std::min(kWords, blocks - i);
+    philox_words(w, static_cast<uint32_t>(block0 + i), n, slice, key);
+    box_muller_blocks(z + 4 * i, w, n);
+  }
 }
 
 template <class T>
@@ -47,7 +61,7 @@ class RangeNoise {
 
   // z of this range of a slice, valid until the next call
   const T* of(int64_t slice) {
-    const int64_t *a = noise_.anchors + 2 * slice;
+    const int64_t* a = noise_.anchors + 2 * slice;
     const T c0 = noise_.coefficients[2 * slice], c1 = noise_.coefficients[2 * slice + 1];
     const T* f0 = c0 != 0 ? field(a[0], c1 != 0 ? a[1] : -1) : nullptr;
     const T* f1 = c1 != 0 ? field(a[1], c0 != 0 ? a[0] : -1) : nullptr;
@@ -67,8 +81,8 @@ class RangeNoise {
       if (held_[s] == anchor) return &buffer_[s * room_] + skip_;
     const int s = held_[0] == keep && keep >= 0 ? 1 : 0;
     const int64_t blocks = (skip_ + pixels_ + 3) / 4;
-    draw(&buffer_[s * room_], static_cast<uint32_t>(block0_),
-         static_cast<int>((blocks + kVector - 1) / kVector * kVector), static_cast<uint32_t>(anchor), noise_.key);
+    draw(&buffer_[s * room_], block0_, (blocks + kVector - 1) / kVector * kVector, static_cast<uint32_t>(anchor),
+         noise_.key);
     held_[s] = anchor;
     return &buffer_[s * room_] + skip_;
   }
@@ -199,7 +213,8 @@ RECON3D_CLONES void block_row(const BlockRow<double>& b) { block_row_loop(b); }
 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Calls body(range, slice) for tasks [task0, task1) of ranges x stacks of slices; range(r) before each stack of range r.
+// Calls body(range, slice) for tasks [task0, task1) of ranges x stacks of slices; range(r) before each stack of range
+// r.
 template <class Range, class Body>
 void for_tasks(int64_t ranges, int64_t slices, int64_t task0, int64_t task1, Range range, Body body) {
   for (int64_t task = task0; task < task1; ++task) {
@@ -209,12 +224,12 @@ void for_tasks(int64_t ranges, int64_t slices, int64_t task0, int64_t task1, Ran
   }
 }
 
-RECON3D_CLONES void bits_of_blocks(int64_t* RECON3D_RESTRICT bits, uint32_t block0, int64_t pixels, uint32_t slice,
-                                   PhiloxKey key) {
-  for (int64_t b = 0; 4 * b < pixels; ++b) {
-    uint32_t c[4] = {block0 + static_cast<uint32_t>(b), slice, key.level, key.stream};
-    philox4x32(c[0], c[1], c[2], c[3], key.k0, key.k1);
-    for (int64_t j = 0; j < 4 && 4 * b + j < pixels; ++j) bits[4 * b + j] = c[j];
+void bits_of_range(int64_t* bits, int64_t block0, int64_t pixels, uint32_t slice, PhiloxKey key) {
+  alignas(64) uint32_t w[4 * kWords];
+  for (int64_t i = 0; 4 * i < pixels; i += kWords) {
+    const int64_t n = std::min(kWords, ((pixels + 3) / 4 - i + kVector - 1) / kVector * kVector);
+    philox_words(w, static_cast<uint32_t>(block0 + i), n, slice, key);
+    for (int64_t p = 0; p < std::min(4 * n, pixels - 4 * i); ++p) bits[4 * i + p] = w[p % 4 * n + p / 4];
   }
 }
 
@@ -236,8 +251,8 @@ void philox_bits_cpu(const int64_t* slices, int64_t* bits, int64_t n_slices, int
   for_tasks(
       pieces(n, kTile), n_slices, task0, task1, [](int64_t) {},
       [&](int64_t r, int64_t s) {
-        bits_of_blocks(bits + s * n + r * kTile, static_cast<uint32_t>(r * (kTile / 4)), std::min(kTile, n - r * kTile),
-                       static_cast<uint32_t>(slices[s]), key);
+        bits_of_range(bits + s * n + r * kTile, r * (kTile / 4), std::min(kTile, n - r * kTile),
+                      static_cast<uint32_t>(slices[s]), key);
       });
 }
 
@@ -255,7 +270,8 @@ void renoise_cpu(const RenoiseStep<T>& step, int64_t task0, int64_t task1) {
   const T k = static_cast<T>(step.k_null), w = static_cast<T>(step.z_null), lam = static_cast<T>(step.lam);
   const T k_measured = static_cast<T>(step.k_measured), w_measured = static_cast<T>(step.z_measured);
   if (step.kind == DataKind::block_mean) {
-    const int64_t band = step.factor * step.columns, small = step.columns / step.factor, bands = step.rows / step.factor;
+    const int64_t band = step.factor * step.columns, small = step.columns / step.factor,
+                  bands = step.rows / step.factor;
     RangeNoise<T> source(step.noise, band);
     std::vector<T> sums(3 * step.columns);
     for_tasks(
