@@ -1,5 +1,6 @@
 """recon3d.ops.cg: against direct solutions, per slice and for the volume, breakdown, order, kernel against float64."""
 
+import itertools
 import math
 
 import pytest
@@ -45,7 +46,7 @@ def test_energy_norm_falls_at_every_step():
     for k in range(12):
         e = cg.solve(lambda v: v @ matrix, b, None, k) - want
         errors.append(dot(e, e @ matrix).item())
-    assert all(b < a for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b < a for a, b in itertools.pairwise(errors))
     assert errors[-1] < 0.02 * errors[0]
 
 

@@ -204,7 +204,9 @@ def test_triton_interpreted(shape, dtype, periodic):
         out, check = guarded(*shape, dtype=dtype)
         kernels.stencil(kind, x, out, 1.3, periodic, add=False, block=64)
         check()
-        check_close_to_float64(out, reference(x, 1.3, periodic), reference(x.double(), 1.3, periodic), f"stencil {kind}")
+        check_close_to_float64(
+            out, reference(x, 1.3, periodic), reference(x.double(), 1.3, periodic), f"stencil {kind}"
+        )
         out.copy_(w0)
         kernels.stencil(kind, x, out, 1.3, periodic, add=True, block=64)
         check()

@@ -102,7 +102,9 @@ def cg_step_(x: Tensor, r: Tensor, p: Tensor, q: Tensor, rz: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"cg_step_: float32 or float64 is needed, got {x.dtype}")
     if x.ndim == 0 or (rz.ndim != 0 and tuple(rz.shape) != (x.shape[0],)):
-        raise ValueError(f"cg_step_: rz needs shape () or [{x.shape[0] if x.ndim else 'slices'}], got {tuple(rz.shape)}")
+        raise ValueError(
+            f"cg_step_: rz needs shape () or [{x.shape[0] if x.ndim else 'slices'}], got {tuple(rz.shape)}"
+        )
     if rz.dtype != torch.float64:
         raise TypeError(f"cg_step_: rz must be float64, got {rz.dtype}")
     ends: list[tuple[int, int]] = []
