@@ -8,7 +8,15 @@ import torch
 from laws import check_adjoint, check_batch_independent, check_linear
 
 from recon3d.geometry import FanBeam, GeometryWarning, ParallelBeam, VolumeGrid, equiangular
-from recon3d.operators import CTOperator, GaussianNoise, LinearOperator, PoissonNoise, Space, simulate_ct
+from recon3d.operators import (
+    CTOperator,
+    GaussianNoise,
+    LinearOperator,
+    PoissonNoise,
+    Space,
+    estimate_noise,
+    simulate_ct,
+)
 
 GRID = VolumeGrid((3, 19, 23), (4.0, 1.5, 1.2))
 PARALLEL = ParallelBeam(equiangular(11), 31, 1.3, 0.4)
@@ -127,3 +135,13 @@ def test_simulation_is_near_the_operator_but_not_it(geometry):
     assert torch.allclose(exact, coarse)
     with pytest.raises(ValueError, match="the volume is"):
         simulate_ct(volume[:2], GRID, geometry)
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.05])
+def test_noise_level_is_read_off_the_sinogram(sigma):
+    u = torch.linspace(-1, 1, 400)
+    smooth = torch.sqrt((1 - u**2).clamp(min=0)).expand(1, 60, 400)
+    assert estimate_noise(smooth + sigma * _random(smooth.shape)).sigma == pytest.approx(sigma, rel=0.05)
+    assert estimate_noise(torch.zeros(1, 2, 5)).sigma > 0
+    with pytest.raises(ValueError, match="three detector cells"):
+        estimate_noise(torch.zeros(1, 2, 2))

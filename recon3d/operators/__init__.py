@@ -2,7 +2,16 @@
 
 from recon3d.operators.base import LinearOperator, Space
 from recon3d.operators.ct import CTOperator
-from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise
+from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise, estimate_noise
 from recon3d.operators.simulate import simulate_ct
 
-__all__ = ["CTOperator", "GaussianNoise", "LinearOperator", "NoiseModel", "PoissonNoise", "Space", "simulate_ct"]
+__all__ = [
+    "CTOperator",
+    "GaussianNoise",
+    "LinearOperator",
+    "NoiseModel",
+    "PoissonNoise",
+    "Space",
+    "estimate_noise",
+    "simulate_ct",
+]

@@ -1,0 +1,267 @@
+"""The demonstration: real CT jobs from start to end, each beside filtered back projection, SIRT and tuned TV.
+
+The chest is a real scan that ships with the package and that no packaged prior was trained on; its sparse, noisy
+sinogram is simulated on a finer grid than any reconstruction uses. Files of measured projections are cut to a few of
+their views; the reconstruction from all views is the reference.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from recon3d import baselines
+from recon3d.api import reconstruct
+from recon3d.engine.events import Listener
+from recon3d.geometry import FanBeam, GeometryWarning, ParallelBeam, ScanGeometry, VolumeGrid, equiangular
+from recon3d.io import demo_volume_path, read_measurement, read_nifti, write_nifti
+from recon3d.io.atomic import atomic_write
+from recon3d.metrics import compare
+from recon3d.operators import CTOperator, NoiseModel, PoissonNoise, estimate_noise, simulate_ct
+from recon3d.priors import load_prior
+from recon3d.priors.base import Prior
+from recon3d.report import markdown, metrics_table, preview
+
+__all__ = ["DemoJob", "chest", "default_measured", "measured", "run", "run_one"]
+
+Say = Callable[[str], None]
+
+# what two public files do not say about themselves (see docs/results.md for their sources)
+_KNOWN: dict[str, dict[str, Any]] = {
+    "tooth_parallel_aps.h5": {"detector_spacing_mm": 0.01, "rotation_centre": "estimate"},
+    "htc2022_ta_fan_full360.h5": {
+        "type": "fan",
+        "angle_sign": -1,
+        "detector_spacing_mm": 0.2,
+        "source_to_axis_mm": 410.66,
+        "source_to_detector_mm": 553.74,
+    },
+}
+
+
+@dataclass(frozen=True)
+class DemoJob:
+    """One demonstration.
+
+    Attributes:
+        name: of its folder.
+        title: over its picture.
+        y: sinogram [slice, view, u].
+        geometry: the scan.
+        grid: the volume.
+        reference: [z, y, x] in 1/mm, what the figures are taken against.
+        reference_name: what it is.
+        noise: of y; None weighs all rays the same.
+        prior: denoiser of slices.
+        recipe: packaged recipe.
+        unit: of the picture and the figures.
+        accept_mismatch: the object is not of the kind the prior was trained on.
+    """
+
+    name: str
+    title: str
+    y: Tensor
+    geometry: ScanGeometry
+    grid: VolumeGrid
+    reference: Tensor
+    reference_name: str
+    prior: Prior
+    noise: NoiseModel | None = None
+    recipe: str = "ct"
+    unit: str = "hu"
+    accept_mismatch: bool = False
+
+
+def run(output: Path, files: list[Path], say: Say, listener: Listener, quick: bool = False) -> dict[str, Any]:
+    """Run the chest and one job per measured file; one folder each below `output`, and a summary beside them.
+
+    Args:
+        output: folder of all jobs.
+        files: files of measured projections, any format `read_measurement` reads.
+        say: called with a line or a table for the user.
+        listener: called with the events of the reconstructions.
+        quick: a slab of the chest only.
+
+    Returns:
+        The figures by job and method, as written to summary.json.
+    """
+    started = time.perf_counter()
+    output.mkdir(parents=True, exist_ok=True)
+    makers: list[Callable[[], DemoJob]] = [lambda: chest(slices=8 if quick else None)]
+    makers += [lambda path=path: measured(path) for path in files]  # type: ignore[misc]
+    summary: dict[str, Any] = {}
+    for make in makers:
+        job = make()
+        say(f"{job.name}: {job.title}")
+        summary[job.name] = run_one(job, output / job.name, say, listener)
+    _write_json(output / "summary.json", summary)
+    say(f"all jobs: {time.perf_counter() - started:.0f} s; pictures and volumes are in {output}")
+    return summary
+
+
+def chest(views: int = 40, photons: float = 5e4, seed: int = 0, slices: int | None = None) -> DemoJob:
+    """The packaged chest CT, seen from a few views with photon noise.
+
+    Args:
+        views: number of parallel-beam views over 180 degrees.
+        photons: counts of a ray that meets nothing.
+        seed: of the noise.
+        slices: a central slab of so many; None takes all.
+    """
+    volume, grid = read_nifti(demo_volume_path(), unit="hu")
+    if slices is not None:
+        first = (grid.shape[0] - slices) // 2
+        volume, grid = volume[first : first + slices].contiguous(), grid.slab(first, first + slices)
+    dy, dx = grid.pixel_mm
+    diagonal = float(np.hypot(grid.shape[1] * dy, grid.shape[2] * dx))
+    geometry = ParallelBeam(equiangular(views), int(np.ceil(diagonal / dx / 2) * 2) + 2, dx)
+    noise = PoissonNoise(photons)
+    y = simulate_ct(volume, grid, geometry, noise, seed)
+    return DemoJob(
+        name="chest",
+        title=f"{grid.shape[0]} slices of a real chest CT from {views} simulated views, {photons:g} photons per ray",
+        y=y,
+        geometry=geometry,
+        grid=grid,
+        reference=volume,
+        reference_name="the scan",
+        prior=load_prior("ct"),
+        noise=noise,
+    )
+
+
+def measured(path: Path) -> DemoJob:
+    """A file of measured projections, cut to a sixth (parallel beam) or a twelfth (fan beam) of its views."""
+    full = read_measurement(path, **_KNOWN.get(path.name, {}))
+    fan = isinstance(full.geometry, FanBeam)
+    step = 12 if fan else 6
+    n = full.geometry.n_views
+    kept = np.arange(n // step) * step
+    few = full.views(kept)
+    grid = full.default_grid()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GeometryWarning)
+        reference = CTOperator(full.geometry, grid).pinv(full.sinogram)
+    prior = load_prior("ct")
+    # an object that is no patient has no Hounsfield units: its own typical attenuation takes the place of water's
+    prior.offset = prior.scale = typical_attenuation(CTOperator(few.geometry, grid).pinv(few.sinogram))
+    return DemoJob(
+        name=path.stem,
+        title=f"{grid.shape[0]} measured slice(s), {len(kept)} of {n} views",
+        y=few.sinogram,
+        geometry=few.geometry,
+        grid=grid,
+        reference=reference,
+        reference_name=f"FBP of all {n} views",
+        prior=prior,
+        noise=PoissonNoise(few.photons) if few.photons else estimate_noise(few.sinogram),
+        recipe="ct",
+        unit="per_mm",
+        accept_mismatch=True,
+    )
+
+
+def run_one(job: DemoJob, folder: Path, say: Say, listener: Listener) -> dict[str, Any]:
+    """Reconstruct one job and its baselines; figures by method.
+
+    The strength of total variation is chosen against the reference, which no user has: the rival at its best.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", GeometryWarning)
+        operator = CTOperator(job.geometry, job.grid)
+        weights = None if job.noise is None else job.noise.weights(job.y)
+        volumes: dict[str, Tensor] = {}
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, make: Callable[[], Tensor]) -> None:
+            start = time.perf_counter()
+            volumes[name] = make()
+            seconds[name] = time.perf_counter() - start
+
+        timed("FBP", lambda: baselines.fbp(job.y, operator))
+        timed("SIRT", lambda: baselines.sirt(job.y, operator, iterations=50))
+        tuned = baselines.tune(job.y, operator, job.reference, weights=weights)
+        say(f"  total variation: strength {tuned:.2e} is best against {job.reference_name}")
+        timed("3D TV, tuned", lambda: baselines.tv3d(job.y, operator, strength=tuned, weights=weights))
+        result = reconstruct(
+            job.y,
+            job.geometry,
+            job.grid,
+            recipe=job.recipe,
+            prior=job.prior,
+            noise=job.noise,
+            folder=folder,
+            force=True,
+            accept_mismatch=job.accept_mismatch,
+            listeners=(listener,),
+        )
+    name = f"recon3d {job.recipe}"
+    volumes[name] = result.volume
+    seconds[name] = result.timings.total
+    unit = {"unit": "hu"} if job.unit == "hu" else {"unit": "1/mm", "data_range": float(job.reference.max())}
+    figures = {
+        method: {**compare(volume, job.reference, job.grid, **unit), "seconds": round(seconds[method], 2)}
+        for method, volume in volumes.items()
+    }
+    preview(
+        folder / "preview.png",
+        volumes,
+        job.grid,
+        reference=job.reference,
+        metrics=figures,
+        unit="hu" if job.unit == "hu" else "per_mm",
+        title=job.title,
+    )
+    write_nifti(folder / "reference.nii.gz", job.reference, job.grid, unit="hu" if job.unit == "hu" else "1/mm")
+    table = {
+        "reference": job.reference_name,
+        "methods": figures,
+        "timings": result.timings.as_dict(),
+        "data": result.metrics,
+    }
+    _write_json(folder / "metrics.json", table)
+    say(markdown(*metrics_table(figures)))
+    say(
+        f"  outside the network: {100 * result.timings.outside_network:.0f} % of {result.timings.total:.0f} s; "
+        f"picture: {folder / 'preview.png'}"
+    )
+    return table
+
+
+def typical_attenuation(image: Tensor) -> float:
+    """Mean attenuation of the object: of the voxels above half the 99th percentile.
+
+    Raises:
+        ValueError: nothing absorbs.
+    """
+    values = np.asarray(image.detach().cpu(), dtype=np.float64).ravel()
+    high = float(np.quantile(values, 0.99))
+    if not high > 0:
+        raise ValueError("typical_attenuation: the image shows no absorbing object")
+    return float(values[values > high / 2].mean())
+
+
+def default_measured() -> list[Path]:
+    """Files of measured projections at hand: in $RECON3D_DATA, else in ../shared/data beside a checkout."""
+    import os
+
+    candidates = [os.environ.get("RECON3D_DATA"), str(Path(__file__).resolve().parents[2] / "shared" / "data")]
+    for root in filter(None, candidates):
+        found = [Path(root) / "raw_ct" / name for name in _KNOWN]
+        if any(path.exists() for path in found):
+            return [path for path in found if path.exists()]
+    return []
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text.encode())
