@@ -43,14 +43,27 @@ Interval = Annotated[tuple[Annotated[int, Field(ge=0), Strict()], Annotated[int,
 
 
 class InputConfig(_Section):
-    """The measurement and which part of it is used."""
+    """The measurement, which part of it is used, and what its file does not say; a value given here wins."""
 
-    path: str = Field("", description="sinogram file: recon3d HDF5, Data Exchange HDF5 or npz")
+    path: str = Field("", description="recon3d HDF5, Data Exchange HDF5 or npz")
     views: int | None = Field(None, ge=1, description="keep this many views, evenly spread; null keeps all")
-    slices: Interval | None = Field(None, description="keep slices [first, end); null keeps all")
-    rotation_centre_px: float | None = Field(None, description="detector cell of the rotation axis; null asks the file")
-    detector_spacing_mm: float | None = Field(None, gt=0, description="for files that do not say it")
-    slice_spacing_mm: float | None = Field(None, gt=0, description="for files that do not say it")
+    rows: Interval | None = Field(None, description="keep slices [first, end); null keeps all")
+    type: Literal["parallel", "fan"] | None = None
+    angle_sign: Literal[-1, 1] | None = Field(None, description="sense of rotation")
+    detector_spacing_mm: float | None = Field(None, gt=0)
+    detector_offset_mm: float | None = Field(None, description="detector coordinate of the row's middle")
+    rotation_centre: float | Literal["estimate"] | None = Field(
+        None, description="detector cell of the rotation axis, from 0; estimate finds it"
+    )
+    source_to_axis_mm: float | None = Field(None, gt=0)
+    source_to_detector_mm: float | None = Field(None, gt=0)
+    photons: float | None = Field(None, gt=0, description="mean count of a ray that meets no object")
+    unit: Literal["line integrals", "transmission"] | None = None
+    smallest_transmission: float = Field(1e-4, gt=0, lt=1, description="floor before the logarithm")
+
+    def options(self) -> dict[str, Any]:
+        """What the readers are told."""
+        return {k: v for k, v in self.model_dump().items() if k not in ("path", "views") and v is not None}
 
 
 class GridConfig(_Section):
@@ -63,7 +76,9 @@ class GridConfig(_Section):
 class NoiseConfig(_Section):
     """How the measurement scatters; it sets the weights of the data term."""
 
-    kind: Literal["auto", "none", "gaussian", "poisson"] = Field("auto", description="auto asks the file")
+    kind: Literal["auto", "none", "gaussian", "poisson"] = Field(
+        "auto", description="auto takes the file's weights, else its photons, else none"
+    )
     sigma: float | None = Field(None, gt=0, description="gaussian: standard deviation of a line integral")
     photons: float | None = Field(None, gt=0, description="poisson: mean count of a ray that meets no object")
 
@@ -110,6 +125,9 @@ class JobConfig(_Section):
     projector: Literal["joseph", "shear"] = "joseph"
     recipe: str | dict[str, Any] = Field("ct", description="a packaged recipe, a YAML file, or the recipe itself")
     prior: str = Field("ct", description="a packaged prior or a folder with card.json and model.safetensors")
+    accept_mismatch: bool = Field(
+        False, description="use the prior on spacings and noise levels it was not trained on, with a warning"
+    )
     seed: int = Field(0, ge=0, lt=1 << 63)
     compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

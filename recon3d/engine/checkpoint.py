@@ -104,12 +104,36 @@ class Checkpoint:
                     old.unlink(missing_ok=True)
         return size
 
+    def verify(self) -> bool:
+        """Whether there is a checkpoint to go on from; reads the pointer alone.
+
+        Raises:
+            CheckpointError: it belongs to another job, or cannot be read.
+        """
+        return self._pointer() is not None
+
     def load(self) -> Saved | None:
         """The last published checkpoint; None when there is none yet.
 
         Raises:
             CheckpointError: it belongs to another job, or its bytes are not those written.
         """
+        found = self._pointer()
+        if found is None:
+            return None
+        file, expected, meta = found
+        if not file.exists() or sha256_file(file) != expected:
+            raise CheckpointError(
+                f"checkpoint {file}: its bytes are missing or not those written; start afresh with --force"
+            )
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as stored:
+            # cloned one by one: a tensor that maps the file would end with it
+            tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+        return Saved(tensors, meta)
+
+    def _pointer(self) -> tuple[Path, str, dict[str, Any]] | None:
         pointer = self.folder / _POINTER
         if not pointer.exists():
             return None
@@ -137,16 +161,7 @@ class Checkpoint:
                 f"checkpoint {self.folder}: belongs to another job, differing in {what}; "
                 "choose another output folder, or start afresh with --force"
             )
-        if not file.exists() or sha256_file(file) != expected:
-            raise CheckpointError(
-                f"checkpoint {file}: its bytes are missing or not those written; start afresh with --force"
-            )
-        from safetensors import safe_open
-
-        with safe_open(file, framework="pt") as stored:
-            # cloned one by one: a tensor that maps the file would end with it
-            tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
-        return Saved(tensors, meta)
+        return file, expected, meta
 
     def remove(self) -> None:
         """Remove the checkpoint, pointer first."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recon3d.engine.events import Events
+from recon3d.engine.memory import trim
 
 # halvings allowed in one pass over the views: 8 slices in flight become 1
 MAX_RETRIES = 3
@@ -121,6 +122,8 @@ class Executor:
         finally:
             if u.is_cuda:
                 torch.cuda.synchronize(u.device)
+            else:
+                trim()  # activations make room for the data term's volumes
             self.seconds += time.perf_counter() - start
             self.cpu_seconds += time.process_time() - cpu
         return out

@@ -1,0 +1,336 @@
+"""Reconstruction from Python: arrays in, volume out; and the same job from a config, in a folder.
+
+result = recon3d.reconstruct(sinogram, geometry, grid, recipe="ct", prior="ct")
+result.volume   # [z, y, x], 1/mm
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recon3d.config import ComputeConfig, ConfigError, JobConfig, OutputConfig, save_config, validate
+from recon3d.engine import plan as planning
+from recon3d.engine.events import Events, Listener
+from recon3d.engine.executor import Executor, ResourceError
+from recon3d.engine.folder import RunFolder, fingerprint, hardware, versions
+from recon3d.engine.job import Schedule, Solved, Timings, solve
+from recon3d.engine.memory import peak_resident_bytes
+from recon3d.engine.problem import Problem, choose_device, load_problem
+from recon3d.geometry import GeometryWarning, ScanGeometry, VolumeGrid
+from recon3d.operators.noise import NoiseModel
+from recon3d.priors.base import Prior
+from recon3d.recipes import Recipe, load_recipe
+
+__all__ = ["Problem", "Result", "plan_job", "reconstruct", "run_job"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A reconstruction.
+
+    Attributes:
+        volume: [z, y, x] attenuation in 1/mm, on the CPU.
+        grid: its grid.
+        timings: where the time went, over all attempts.
+        peak_memory_bytes: most resident memory of this process.
+        attempts: processes that worked on it.
+        metrics: how well the volume explains the measurement.
+        folder: where it was written; None without one.
+    """
+
+    volume: Tensor
+    grid: VolumeGrid
+    timings: Timings
+    peak_memory_bytes: int
+    attempts: int
+    metrics: dict[str, Any]
+    folder: Path | None = None
+
+
+def reconstruct(
+    sinogram: Tensor | NDArray[np.floating],
+    geometry: ScanGeometry,
+    grid: VolumeGrid,
+    recipe: str | Recipe = "ct",
+    prior: str | Path | Prior = "ct",
+    *,
+    noise: NoiseModel | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    projector: Literal["joseph", "shear"] = "joseph",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    accept_mismatch: bool = False,
+    folder: str | Path | None = None,
+    schedule: Schedule | None = None,
+    force: bool = False,
+    listeners: tuple[Listener, ...] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Reconstruct a volume from line integrals.
+
+    Args:
+        sinogram: [slice, view, u], line integrals without unit (-log of the transmission).
+        geometry: the scan, ParallelBeam or FanBeam.
+        grid: the volume to reconstruct; as many slices as the sinogram.
+        recipe: a packaged recipe ("ct", "dds", ...), a YAML file, or a Recipe.
+        prior: a packaged prior ("ct"), a folder, or any object with `denoise`, `offset` and `scale`.
+        noise: GaussianNoise or PoissonNoise; None weighs all rays the same.
+        seed: of all random numbers.
+        device: "auto" takes a GPU where there is one.
+        projector: "joseph", or "shear" for parallel beams.
+        batch_size: slices the prior works on at once; never changes the result on a CPU.
+        workers: CPU threads; never changes the result.
+        accept_mismatch: use the prior on spacings and noise levels it was not trained on, with a warning.
+        folder: keep checkpoints and outputs here; the same call goes on with an unfinished run.
+        schedule: when the state is saved to the folder; by default every 5 levels or 20 seconds.
+        force: discard what the folder holds, and start although memory looks short.
+        listeners: called with every event of the run (recon3d.engine.events).
+        stop: asked between slices; True ends the run with recon3d.engine.executor.Interrupted.
+
+    Returns:
+        The volume with timings and its fit to the data.
+
+    Raises:
+        ValueError: shapes disagree, the sinogram holds NaN, or the prior does not fit the grid.
+        NonFiniteError: a slice became NaN or infinite on the way.
+        ResourceError: memory or disk is short, or the folder is in use.
+
+    Warns:
+        GeometryWarning: the detector does not cover the volume.
+    """
+    y = torch.as_tensor(sinogram)
+    if not y.is_floating_point():
+        raise TypeError(f"reconstruct: sinogram needs float32 or float64 line integrals, got {y.dtype}")
+    place = choose_device(device)
+    y = y.detach().to(torch.float32).contiguous()
+    problem = Problem(
+        y=y,
+        geometry=geometry,
+        grid=grid,
+        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
+        prior=_prior(prior, place),
+        noise=noise,
+        seed=seed,
+        projector=projector,
+        device=place,
+        accept_mismatch=accept_mismatch,
+    )
+    meaning = {
+        "recipe": problem.recipe.model_dump(mode="json"),
+        "noise": repr(noise),
+        "seed": seed,
+        "projector": projector,
+    }
+    compute = ComputeConfig(batch_size=batch_size, workers=workers)
+    run = None if folder is None else RunFolder(folder)
+    text = yaml.safe_dump(meaning, sort_keys=False)
+    return _execute(
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, OutputConfig()
+    )
+
+
+def run_job(
+    config: JobConfig,
+    folder: str | Path,
+    *,
+    force: bool = False,
+    listeners: tuple[Listener, ...] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Run a job from files in a folder; an unfinished run of the same job goes on.
+
+    Args:
+        config: the job.
+        folder: where everything goes; complete when it holds manifest.json.
+        force: discard what the folder holds, and start although memory looks short.
+        listeners: called with every event.
+        stop: asked between slices; True saves the state and raises Interrupted.
+
+    Raises:
+        ConfigError: the job is incomplete, or the folder holds a complete run.
+        CheckpointError: the folder holds an unfinished run of another job.
+        BadInput: the measurement or the prior cannot be used.
+        Interrupted, NonFiniteError, ResourceError: as `reconstruct`.
+    """
+    config = resolve(config)
+    run = RunFolder(folder)
+    run.refuse_complete(force)  # before anything is read
+    early = Events(listeners=listeners)
+    early.emit("stage", name="reading")
+    problem = load_problem(config, early)
+    schedule = Schedule(config.checkpoint.every_levels, config.checkpoint.every_seconds)
+    meaning, text = config.meaning(), save_config(config)
+    return _execute(problem, config.compute, schedule, run, meaning, text, listeners, stop, force, config.output)
+
+
+def plan_job(config: JobConfig, probe: bool = True) -> planning.Plan:
+    """Predict memory and time of a job; nothing the size of the volume is allocated.
+
+    Args:
+        config: the job.
+        probe: time one slice through the prior and the projector.
+    """
+    config = resolve(config)
+    events = Events()
+    problem = load_problem(config, events)
+    return planning.predict(problem, config.compute, probe=probe)
+
+
+def resolve(config: JobConfig) -> JobConfig:
+    """The job with its recipe written out and its paths absolute, so that it means the same anywhere.
+
+    Raises:
+        ConfigError: no input is given, or the recipe is not known.
+    """
+    if not config.input.path:
+        raise ConfigError("no measurement is given; name a file with -i or input.path")
+    recipe = load_recipe(config.recipe) if isinstance(config.recipe, str) else validate(Recipe, config.recipe, "recipe")
+    place = Path(config.input.path).absolute()
+    prior = Path(config.prior)
+    return config.model_copy(
+        update={
+            "recipe": recipe.model_dump(mode="json"),
+            "input": config.input.model_copy(update={"path": str(place)}),
+            "prior": str(prior.absolute()) if prior.is_dir() else config.prior,
+        }
+    )
+
+
+def _prior(prior: str | Path | Prior, device: torch.device) -> Prior:
+    if not isinstance(prior, (str, Path)):
+        return prior
+    from recon3d.priors import load_prior
+
+    return load_prior(prior, device)
+
+
+def _execute(
+    problem: Problem,
+    compute: ComputeConfig,
+    schedule: Schedule,
+    run: RunFolder | None,
+    meaning: Mapping[str, Any],
+    config_text: str,
+    listeners: tuple[Listener, ...],
+    stop: Callable[[], bool],
+    force: bool,
+    output: OutputConfig,
+) -> Result:
+    sentences = problem.check()
+    job = problem.job()
+    plan = planning.predict(problem, compute, probe=False)
+    if plan.short_of_memory and not force:
+        raise ResourceError(plan.short_of_memory)
+    # from here on the job is sound, and a folder may be made
+    with nullcontext() if run is None else run.open(*listeners, force=force):
+        events = Events(listeners=listeners) if run is None else run.events
+        for sentence in sentences:
+            events.emit("warning", message=sentence)
+            warnings.warn(sentence, GeometryWarning, stacklevel=3)
+        events.emit("plan", **plan.as_dict())
+        stamp: dict[str, str] = {}
+        store = None
+        if run is not None:
+            stamp = fingerprint(meaning, problem.digests(), problem.prior_digest(), problem.device.type)
+            store = run.checkpoint(stamp)
+            store.verify()  # another job's checkpoint is refused before its config is touched
+            run.write_config(config_text)
+        with _threads(compute.workers), Executor(compute.batch_size, compute.workers, events, stop) as executor:
+            solved = solve(job, executor, store=store, schedule=schedule, events=events, stop=stop)
+        events.emit("stage", name="writing")
+        volume, metrics = solved.volume.cpu(), {"data": _fit(problem, solved.volume)}
+        peak, place = peak_resident_bytes(), None if run is None else run.path
+        result = Result(volume, problem.grid, solved.timings, peak, solved.attempts, metrics, place)
+        if run is not None:
+            _write_outputs(run, problem, result, output)
+            run.write_manifest(_manifest(problem, result, solved, stamp, plan))
+            events.emit("complete", **solved.timings.as_dict())
+        return result
+
+
+def _fit(problem: Problem, volume: Tensor, slab: int = 8) -> dict[str, Any]:
+    """How well the volume explains the measurement, a few slices at a time."""
+    from recon3d.metrics import data_fit
+
+    operator, squared, power, chi2, used = problem.operator(), 0.0, 0.0, 0.0, 0
+    for first in range(0, volume.shape[0], slab):
+        y = problem.y[first : first + slab]
+        difference = (operator(volume[first : first + slab]).cpu() - y).double().square_()
+        squared += float(difference.sum())
+        power += float(y.double().square().sum())
+        weights = problem.weights(first, first + slab)
+        if weights is not None:
+            weights = weights.expand_as(y).double()
+            chi2 += float((difference * weights).sum())
+            used += int((weights > 0).sum())
+    definitions = data_fit(np.zeros(1), np.ones(1))["definitions"]
+    return {
+        "relative_residual": (squared / power) ** 0.5 if power > 0 else None,
+        "chi2_per_ray": chi2 / used if used else None,
+        "definitions": definitions,
+    }
+
+
+def _write_outputs(run: RunFolder, problem: Problem, result: Result, output: OutputConfig) -> None:
+    from recon3d.engine.checkpoint import write_json
+    from recon3d.io import write_nifti
+
+    unit, mu_water = output.unit, output.mu_water_per_mm
+    write_nifti(run.path / "volume.nii.gz", result.volume, result.grid, unit=unit, mu_water_per_mm=mu_water)
+    if output.preview:
+        from recon3d.report import preview
+
+        direct = problem.operator().pinv(problem.y.to(problem.device)).cpu()
+        name = f"recon3d {problem.recipe.name}"
+        volumes = {"filtered back projection": direct, name: result.volume}
+        preview(run.path / "preview.png", volumes, result.grid, unit=unit, mu_water_per_mm=mu_water)
+    write_json(run.path / "metrics.json", result.metrics)
+
+
+def _manifest(
+    problem: Problem, result: Result, solved: Solved, stamp: Mapping[str, str], plan: planning.Plan
+) -> dict[str, Any]:
+    card = getattr(problem.prior, "card", None)
+    return {
+        "format": 1,
+        "versions": versions(),
+        "recipe": problem.recipe.model_dump(mode="json"),
+        "prior": {"name": getattr(card, "name", type(problem.prior).__name__), "sha256": getattr(card, "sha256", None)},
+        "seed": problem.seed,
+        "inputs": {**problem.digests(), "files": dict(problem.files)},
+        "fingerprint": dict(stamp),
+        "grid": asdict(problem.grid),
+        "hardware": hardware(problem.device.type),
+        "timings": result.timings.as_dict(),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "predicted": plan.as_dict(),
+        "attempts": solved.attempts,
+        "volume_sha256": hashlib.sha256(result.volume.numpy().data).hexdigest(),
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@contextmanager
+def _threads(workers: int | None) -> Iterator[None]:
+    """Let the operators use as many threads as the prior has workers."""
+    before = torch.get_num_threads()
+    if workers is not None:
+        torch.set_num_threads(workers)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,106 @@
+"""A progress bar with the time left, fed by the events of a run; and signals turned into a request to stop."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether SIGTERM or SIGINT came; a second signal ends the process at once."""
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives a listener for a run's events that draws one bar on stderr: level, slices, time left."""
+    if quiet:
+        yield lambda event: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=False, speed_estimate_period=120) as bar:
+        task = bar.add_task("reading", total=None, detail="")
+        levels = 1
+
+        def listen(event: dict[str, Any]) -> None:
+            nonlocal levels
+            kind = event["event"]
+            if kind == "start":
+                levels = event["levels"]
+                again = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
+                detail = f"level {event['level']}/{levels}{again}"
+                # a new task: the time spent reading says nothing about the time left
+                bar.reset(
+                    task, description="reconstructing", total=float(levels), completed=event["level"], detail=detail
+                )
+            elif kind == "slices":
+                # the data term takes the rest of a level; this keeps the bar from jumping
+                part = 0.95 * event["done"] / event["total"]
+                bar.update(task, completed=event["level"] + part)
+            elif kind == "level":
+                bar.update(task, completed=event["level"] + 1, detail=f"level {event['level'] + 1}/{levels}")
+            elif kind == "stage":
+                bar.update(task, description=event["name"])
+            elif kind == "out_of_memory":
+                bar.console.print(f"memory ran out: going on with {event['batch_size']} slices at a time")
+            elif kind == "warning":
+                bar.console.print(f"warning: {event['message']}")
+
+        yield listen
+
+
+@contextmanager
+def training_bar(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
+    """Gives a listener for a training run: share of its steps or of its minutes, loss, time left."""
+    if quiet:
+        yield lambda progress: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr), speed_estimate_period=120) as bar:
+        task = bar.add_task("training", total=1.0, detail="")
+
+        def listen(progress: Any) -> None:
+            bar.update(task, completed=progress.fraction, detail=f"step {progress.step}, loss {progress.loss:.4g}")
+
+        yield listen

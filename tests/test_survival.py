@@ -1,0 +1,160 @@
+"""Runs that are killed, stopped, starved or poisoned end with the uninterrupted result or with one clear sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from survivors import GRID, reconstruction
+
+from recon3d.config import ConfigError
+from recon3d.engine.checkpoint import CheckpointError
+from recon3d.engine.events import read_events
+from recon3d.engine.executor import Interrupted, NonFiniteError, ResourceError
+from recon3d.engine.job import Schedule
+
+HERE = Path(__file__).parent
+
+
+def scenario(name: str, folder: Path) -> dict:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "survivors.py"), name, str(folder)],
+        capture_output=True, text=True, timeout=550, cwd=HERE.parent, check=False,
+        env={**__import__("os").environ, "PYTHONPATH": str(HERE.parent), "OMP_WAIT_POLICY": "passive"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    told = scenario("kills", tmp_path)  # compares the volumes itself
+    assert told["kills"] == 20 and told["runs"] >= 2
+    assert max(told["attempts"]) >= 2, "no run was resumed, so nothing was tested"
+
+
+def test_signals_save_and_end_with_130(tmp_path):
+    told = scenario("signals", tmp_path)
+    assert told["codes"].count(130) >= 2 and set(told["codes"]) <= {0, 130}
+    assert max(told["delays"]) < 10
+
+
+@pytest.fixture(scope="module")
+def calm():
+    """The uninterrupted volume."""
+    return reconstruction(None).volume
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (3, 2), (8, 2), (None, 1)])
+def test_batches_and_threads_give_one_volume(calm, batch_size, workers):
+    assert torch.equal(reconstruction(None, batch_size=batch_size, workers=workers).volume, calm)
+
+
+class Poisoned:
+    """The Gaussian prior, with something done at one call."""
+
+    def __init__(self, inner, call, act):
+        self.inner, self.call, self.act, self.count = inner, call, act, 0
+        self.card, self.offset, self.scale = inner.card, inner.offset, inner.scale
+
+    def denoise(self, u, sigma, cond=None):
+        self.count += 1
+        out = self.inner.denoise(u, sigma)
+        return self.act(out) if self.count == self.call else out
+
+
+def poisoned(monkeypatch, call, act):
+    import survivors
+
+    inner = survivors.prior()
+    monkeypatch.setattr(survivors, "prior", lambda: Poisoned(inner, call, act))
+
+
+def out_of_memory(out):
+    raise MemoryError
+
+
+def test_memory_that_runs_out_once_changes_nothing(calm, monkeypatch):
+    events = []
+    poisoned(monkeypatch, 1 + 2 * GRID.shape[0], out_of_memory)
+    result = reconstruction(None, batch_size=4, workers=4, listeners=(events.append,))
+    assert torch.equal(result.volume, calm)
+    assert [e["batch_size"] for e in events if e["event"] == "out_of_memory"] == [2]
+
+
+def test_a_nan_stops_the_run_and_the_checkpoint_goes_on(calm, monkeypatch, tmp_path):
+    # one call is the plan's; then 6 slices a level
+    poisoned(monkeypatch, 1 + 4 * GRID.shape[0] + 3, lambda out: out * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"slice \d is not finite after the prior at level 4"):
+        reconstruction(tmp_path, schedule=Schedule(every_levels=1), workers=1)
+    assert read_events(tmp_path / "events.jsonl")[-1]["event"] == "not_finite"
+    assert not (tmp_path / "manifest.json").exists()
+    monkeypatch.undo()
+    result = reconstruction(tmp_path)
+    assert torch.equal(result.volume, calm) and result.attempts == 2
+
+
+def test_stopping_within_a_level_loses_only_that_level(calm, tmp_path):
+    seen = []
+
+    def watch(event):
+        if event["event"] == "slices":
+            seen.append((event["level"], event["done"]))
+
+    with pytest.raises(Interrupted):
+        reconstruction(tmp_path, listeners=(watch,), stop=lambda: (5, 2) in seen, workers=1)
+    saved = json.loads((tmp_path / "checkpoint" / "LATEST.json").read_text())["meta"]
+    assert saved["index"] == 5
+    events = []
+    result = reconstruction(tmp_path, listeners=(events.append,))
+    assert next(e for e in events if e["event"] == "start")["level"] == 5
+    assert torch.equal(result.volume, calm)
+
+
+def test_a_folder_belongs_to_one_job(tmp_path):
+    import survivors
+
+    with pytest.raises(Interrupted):
+        reconstruction(tmp_path, schedule=Schedule(every_levels=1), stop=lambda: True)
+    before = sorted(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "events.jsonl")
+    args = (survivors.sinogram(), survivors.SCAN, survivors.GRID)
+    other = survivors.Recipe.model_validate({**survivors.RECIPE, "name": "other"})
+    with pytest.raises(CheckpointError, match=r"belongs to another job, differing in config"):
+        survivors.reconstruct(
+            *args, other, survivors.prior(), noise=survivors.PoissonNoise(1e5), seed=11, folder=tmp_path
+        )
+    after = sorted(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "events.jsonl")
+    assert before == after
+    reconstruction(tmp_path)
+    with pytest.raises(ConfigError, match="holds a complete run"):
+        reconstruction(tmp_path)
+    reconstruction(tmp_path, force=True)
+
+
+def test_a_full_disk_while_writing_the_result(calm, tmp_path, monkeypatch):
+    import errno
+
+    from recon3d.engine import folder
+
+    def full(path, value):
+        raise OSError(errno.ENOSPC, "injected", str(path))
+
+    monkeypatch.setattr(folder, "write_json", full)
+    with pytest.raises(ResourceError, match=r"the disk is full; .* resume"):
+        reconstruction(tmp_path)
+    assert not (tmp_path / "manifest.json").exists()
+    monkeypatch.undo()
+    events = []
+    result = reconstruction(tmp_path, listeners=(events.append,))
+    assert torch.equal(result.volume, calm)
+    assert not [e for e in events if e["event"] == "level"], "the levels were computed again"
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OSError):
+        reconstruction(tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "mine"
