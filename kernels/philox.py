@@ -115,6 +115,12 @@ def normals(index, block, level, stream, seed, dtype: tl.constexpr):
 
 
 @triton.jit
+def scalar(value, dtype: tl.constexpr):
+    """A float64 argument in the data's dtype."""
+    return (tl.full((), 0, tl.float64) + value).to(dtype)
+
+
+@triton.jit
 def mixed_normals(anchors_ptr, coefficients_ptr, slice_index, block, level, stream, seed, scale, dtype: tl.constexpr):
     """scale times the noise of a slice: two anchors, of which one with coefficient 0 is not drawn; [4 blocks]."""
     c0 = tl.load(coefficients_ptr + 2 * slice_index).to(dtype)
@@ -131,11 +137,11 @@ def mixed_normals(anchors_ptr, coefficients_ptr, slice_index, block, level, stre
 def philox_bits_kernel(slices_ptr, bits_ptr, pixels, tiles, level, stream, seed, BLOCK: tl.constexpr):
     """bits[slice, pixel], one program per tile of 4 BLOCK pixels of one slice."""
     program = tl.program_id(0).to(tl.int64)
-    row = program // tiles
-    block = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
-    w0, w1, w2, w3 = words(tl.load(slices_ptr + row), block, level, stream, seed)
-    pixel = (program % tiles) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
-    tl.store(bits_ptr + row * pixels + pixel, in_order(w0, w1, w2, w3).to(tl.int64), mask=pixel < pixels)
+    row, first = program // tiles, (program % tiles) * BLOCK
+    w0, w1, w2, w3 = words(tl.load(slices_ptr + row), first + tl.arange(0, BLOCK), level, stream, seed)
+    pixel = tl.arange(0, 4 * BLOCK)
+    bits = in_order(w0, w1, w2, w3).to(tl.int64)
+    tl.store(bits_ptr + (row * pixels + 4 * first) + pixel, bits, mask=pixel < pixels - 4 * first)
 
 
 @triton.jit(do_not_specialize=["level", "stream", "seed"])
@@ -143,11 +149,11 @@ def philox_normal_kernel(anchors_ptr, coefficients_ptr, z_ptr, pixels, tiles, le
     """z[slice, pixel], one program per tile of 4 BLOCK pixels of one slice."""
     dtype: tl.constexpr = z_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
-    row = program // tiles
-    block = (program % tiles) * BLOCK + tl.arange(0, BLOCK)
+    row, first = program // tiles, (program % tiles) * BLOCK
+    block = first + tl.arange(0, BLOCK)
     z = mixed_normals(anchors_ptr, coefficients_ptr, row, block, level, stream, seed, tl.full((), 1, dtype), dtype)
-    pixel = (program % tiles) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
-    tl.store(z_ptr + row * pixels + pixel, z, mask=pixel < pixels)
+    pixel = tl.arange(0, 4 * BLOCK)
+    tl.store(z_ptr + (row * pixels + 4 * first) + pixel, z, mask=pixel < pixels - 4 * first)
 
 
 def philox_bits(

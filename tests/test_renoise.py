@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from laws import check_batch_independent, check_close_to_float64, check_linear, check_threads
+from laws import check_batch_independent, check_close_to_float64, check_linear, check_threads, guarded
 
 from recon3d import noise
 from recon3d.ops import DataTerm, renoise
@@ -62,10 +62,13 @@ def plain(u, x0, x0c, sigma, sigma_next, a, b, key, eps_from="x0"):
     return x0c + both - P(both) + fresh * P(z)
 
 
-def reference(u, x0, x0c, sigma, sigma_next, a, b, key, eps_from="x0"):
+def arguments(u, x0, x0c, sigma, sigma_next, a, b, key, eps_from="x0", whole_mask=False):
+    """What the public function passes to the op."""
     term = x0c if isinstance(x0c, DataTerm) else None
-    mask = None if term is None or term.mask is None else term.mask.expand(u.shape)
-    return _reference(
+    mask = None if term is None or term.mask is None else term.mask
+    if mask is not None:
+        mask = mask.expand(u.shape if whole_mask or mask.shape == u.shape else u.shape[1:]).contiguous()
+    return (
         u,
         x0,
         None if term else x0c,
@@ -80,6 +83,10 @@ def reference(u, x0, x0c, sigma, sigma_next, a, b, key, eps_from="x0"):
         *weights(term, sigma, sigma_next, a, b),
         eps_from == "x0c",
     )
+
+
+def reference(*case):
+    return _reference(*arguments(*case))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -193,18 +200,10 @@ def test_linear(kind):
     u1, _, c1 = make(kind, shape, seed=2, sigma_y=0.7)
 
     def op(v):
-        third = (
-            v[2]
-            if kind == "given"
-            else DataTerm(kind, v[2][..., : shape[1], : shape[2]], 0.7, c1.mask, c1.factor)
-        )
+        third = v[2] if kind == "given" else DataTerm(kind, v[2][..., : shape[1], : shape[2]], 0.7, c1.mask, c1.factor)
         zero = torch.zeros_like(v[0])
-        third0 = (
-            zero if kind == "given" else DataTerm(kind, torch.zeros_like(third.y), 0.7, c1.mask, c1.factor)
-        )
-        return renoise(v[0], v[1], third, SIGMA, NEXT, A, B, key) - renoise(
-            zero, zero, third0, SIGMA, NEXT, A, B, key
-        )
+        third0 = zero if kind == "given" else DataTerm(kind, torch.zeros_like(third.y), 0.7, c1.mask, c1.factor)
+        return renoise(v[0], v[1], third, SIGMA, NEXT, A, B, key) - renoise(zero, zero, third0, SIGMA, NEXT, A, B, key)
 
     g = torch.Generator().manual_seed(5)
     v1, v2 = torch.randn((3, *u1.shape), generator=g), torch.randn((3, *u1.shape), generator=g)
@@ -231,21 +230,10 @@ def test_gradient(kind, eps_from, sigma_y):
 @pytest.mark.parametrize("kind", KINDS)
 def test_registration(kind):
     u, x0, x0c = make(kind, (2, 6, 8), sigma_y=0.3)
-    term = x0c if kind != "given" else None
-    key = noise.independent(2)
-    mask = None if term is None or term.mask is None else term.mask.expand(u.shape[1:]).contiguous()
-    arguments = (
-        u.requires_grad_(),
-        x0,
-        None if term else x0c,
-        term.y if term else None,
-        mask,
-        term.factor if term else 1,
-        *(key.anchors, key.coefficients, 1, 2, 3),
-        *weights(term, SIGMA, NEXT, A, B),
-        False,
-    )
-    torch.library.opcheck(torch.ops.recon3d.renoise, arguments)
+    case = arguments(u.requires_grad_(), x0, x0c, SIGMA, NEXT, A, B, noise.independent(2))
+    torch.library.opcheck(torch.ops.recon3d.renoise, case)
+    case = arguments(u.detach(), x0, x0c, SIGMA, NEXT, A, B, noise.independent(2))
+    torch.library.opcheck(torch.ops.recon3d.renoise_, case)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,6 +264,19 @@ def test_non_contiguous():
     assert torch.equal(renoise(*strided, SIGMA, NEXT, A, B, key), want)
     with pytest.raises(ValueError, match="inplace needs a contiguous u"):
         renoise(*strided, SIGMA, NEXT, A, B, key, inplace=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 7), (2, 61, 53), (17, 45, 47)], ids=str)
+def test_writes_its_slices_only(kind, shape):
+    # in place, so that the compiled kernel's output is ours to guard
+    u, x0, x0c = make(kind, shape)
+    view, check = guarded(*u.shape)
+    view.copy_(u)
+    key = noise.iscs(shape[0])
+    got = renoise(view, x0, x0c, SIGMA, NEXT, A, B, key, inplace=True)
+    check()
+    assert torch.equal(got, renoise(u, x0, x0c, SIGMA, NEXT, A, B, key))
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -341,3 +342,61 @@ def test_bad_input():
 def test_no_noise_needs_no_key():
     u, x0, x0c = make("given", (2, 4, 6))
     assert (renoise(u, x0, x0c, SIGMA, NEXT, 1.0, 0.0) - (x0c + NEXT / SIGMA * (u - x0))).abs().max() < 1e-6
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def triton_step(*case, whole_mask=False, **options):
+    """The Triton kernel into a guarded output, interpreted where there is no GPU."""
+    from recon3d.kernels import renoise as kernels
+
+    inputs = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in arguments(*case, whole_mask=whole_mask)]
+    out, check = guarded(*inputs[0].shape, dtype=inputs[0].dtype, device=DEVICE)
+    kernels.renoise(*inputs, out=out, **options)
+    check()
+    return out.cpu()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 7), (2, 61, 53), (2, 3, 8, 6)], ids=str)
+def test_triton_formula(kind, dtype, shape):
+    pytest.importorskip("triton")
+    key = noise.iscs_mm(shape[0], 1.0, 3.0, seed=3, level=2)
+    for sigma_y, eps_from, a, b in ((0.0, "x0", A, B), (0.3, "x0c", A, B), (3.0, "x0", A, B), (0.0, "x0c", 0.0, 1.0)):
+        u, x0, x0c = make(kind, shape, dtype, sigma_y)
+        case = (u, x0, x0c, SIGMA, NEXT, a, b, key, eps_from)
+        got = triton_step(*case, block=1024)
+        check_close_to_float64(got, reference(*case), plain(*case), "triton")
+
+
+@pytest.mark.parametrize("factor", [2, 3, 5])
+def test_triton_factors(factor):
+    pytest.importorskip("triton")
+    u, x0, term = make("block_mean", (2, 7, 9), sigma_y=0.05, factor=factor)
+    case = (u, x0, term, SIGMA, NEXT, A, B, noise.independent(2, seed=8))
+    check_close_to_float64(triton_step(*case, block=512), reference(*case), plain(*case), "triton")
+
+
+def test_triton_mask_per_slice_and_last_level():
+    pytest.importorskip("triton")
+    u, x0, term = make("mask", (3, 11, 13))
+    case = (u, x0, term, SIGMA, NEXT, A, B, noise.independent(3))
+    assert torch.equal(triton_step(*case, whole_mask=True), triton_step(*case))
+    u, x0, x0c = make("given", (2, 9, 9))
+    assert torch.equal(triton_step(u, x0, x0c, SIGMA, 0.0, A, B, noise.independent(2)), x0c)
+
+
+def test_triton_index_past_int32():
+    # three slices of 2^30 pixels, of which one tile each is run: the third starts at element 2^31
+    pytest.importorskip("triton")
+    from recon3d.kernels import philox as kernels
+
+    if DEVICE == "cuda":
+        pytest.skip("interpreted only: the output is never touched but for a few pages")
+    key = noise.independent(3, seed=5)
+    z = torch.empty(2**31 + 64)
+    kernels.philox_normal_kernel[(3,)](key.anchors, key.coefficients, z, 2**30, 1, 0, 0, 5, BLOCK=16)
+    small = kernels.philox_normal(key.anchors, key.coefficients, 64, 5, 0, 0, False, block=16)
+    assert torch.equal(z[2**31 :], small[2])

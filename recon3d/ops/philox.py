@@ -15,9 +15,11 @@ Source: Salmon, Moraes, Dror, Shaw, SC 2011; Box and Muller, Ann. Math. Stat. 29
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,12 +62,7 @@ class NoiseKey:
             if not 0 <= value < 2**32:
                 raise ValueError(f"NoiseKey: {name} must be in [0, 2^32), got {value}")
         a, c = self.anchors, self.coefficients
-        if (
-            a.dtype != torch.int64
-            or c.dtype != torch.float32
-            or a.device.type != "cpu"
-            or c.device.type != "cpu"
-        ):
+        if a.dtype != torch.int64 or c.dtype != torch.float32 or a.device.type != "cpu" or c.device.type != "cpu":
             raise TypeError(
                 "NoiseKey: anchors must be int64 and coefficients float32, both on the CPU, "
                 f"got {a.dtype} on {a.device} and {c.dtype} on {c.device}"
@@ -134,9 +131,7 @@ def philox4x32(counter: Tensor, key: int, rounds: int = 10) -> Tensor:
     ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
     if counter.dtype != torch.int64 or counter.ndim == 0 or counter.shape[-1] != 4:
-        raise ValueError(
-            f"philox4x32: counter must be [..., 4] int64, got {tuple(counter.shape)} {counter.dtype}"
-        )
+        raise ValueError(f"philox4x32: counter must be [..., 4] int64, got {tuple(counter.shape)} {counter.dtype}")
     if not 0 <= key < 2**64:
         raise ValueError(f"philox4x32: key must be in [0, 2^64), got {key}")
     c0, c1, c2, c3 = counter.unbind(-1)
@@ -218,14 +213,10 @@ def _indices(op: str, seed: int, level: int, slices: Tensor | int, stream: int) 
             raise ValueError(f"{op}: the number of slices must not be negative, got {slices}")
         return torch.arange(slices)
     if not isinstance(slices, Tensor) or slices.dtype != torch.int64 or slices.ndim != 1:
-        what = (
-            f"{tuple(slices.shape)} {slices.dtype}" if isinstance(slices, Tensor) else type(slices).__name__
-        )
+        what = f"{tuple(slices.shape)} {slices.dtype}" if isinstance(slices, Tensor) else type(slices).__name__
         raise TypeError(f"{op}: slices must be a number or an int64 vector of slice indices, got {what}")
     if slices.numel() and not (int(slices.min()) >= 0 and int(slices.max()) <= _WORD):
-        raise ValueError(
-            f"{op}: slice indices must be in [0, 2^32), got {int(slices.min())} to {int(slices.max())}"
-        )
+        raise ValueError(f"{op}: slice indices must be in [0, 2^32), got {int(slices.min())} to {int(slices.max())}")
     return slices
 
 
@@ -253,15 +244,11 @@ def _rounds(
     return c0, c1, c2, c3
 
 
-def words(
-    slices: Tensor, pixels: int, seed: int, level: int, stream: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def words(slices: Tensor, pixels: int, seed: int, level: int, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words of every block, each [slices, ceil(pixels / 4)]."""
     block = torch.arange(-(-pixels // 4), device=slices.device)
     c0, c1 = torch.broadcast_tensors(block[None], slices[:, None])
-    return _rounds(
-        c0, c1, torch.full_like(c0, level), torch.full_like(c0, stream), seed & _WORD, (seed >> 32) & _WORD
-    )
+    return _rounds(c0, c1, torch.full_like(c0, level), torch.full_like(c0, stream), seed & _WORD, (seed >> 32) & _WORD)
 
 
 def normals(slices: Tensor, pixels: int, seed: int, level: int, stream: int, dtype: torch.dtype) -> Tensor:
@@ -320,3 +307,18 @@ _library.define(
         (anchors.shape[0], pixels), dtype=torch.float64 if wide else torch.float32
     ),
 )
+
+
+def _cuda(name: str) -> Any:
+    def launch(*arguments: Any) -> Tensor:
+        from recon3d.kernels import philox as kernels
+
+        result: Tensor = getattr(kernels, name)(*arguments)
+        return result
+
+    return launch
+
+
+if importlib.util.find_spec("triton") is not None:
+    _library.register_cuda("philox_bits", _cuda("philox_bits"))
+    _library.register_cuda("philox_normal", _cuda("philox_normal"))

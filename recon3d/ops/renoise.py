@@ -22,6 +22,7 @@ Sources: Wang, Yu, Zhang, ICLR 2023 (DDNM); Chung, Lee, Ye, ICLR 2024 (DDS); Zhu
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -61,9 +62,7 @@ class DataTerm:
         if not (math.isfinite(self.sigma_y) and self.sigma_y >= 0):
             raise ValueError(f"DataTerm: sigma_y must be finite and not negative, got {self.sigma_y}")
         if (self.mask is not None) != (self.kind == "mask"):
-            raise ValueError(
-                f"DataTerm: kind {self.kind!r} {'needs' if self.mask is None else 'takes no'} mask"
-            )
+            raise ValueError(f"DataTerm: kind {self.kind!r} {'needs' if self.mask is None else 'takes no'} mask")
         if self.mask is not None and self.mask.dtype != torch.bool:
             raise TypeError(f"DataTerm: mask must be bool, got {self.mask.dtype}")
         if (self.factor > 1) != (self.kind == "block_mean"):
@@ -192,9 +191,7 @@ def _like(u: Tensor, t: Tensor, name: str, shape: tuple[int, ...]) -> None:
     if tuple(t.shape) != shape:
         raise ValueError(f"renoise: {name} must have shape {shape} to go with u, got {tuple(t.shape)}")
     if t.dtype != u.dtype or t.device != u.device:
-        raise TypeError(
-            f"renoise: {name} must be {u.dtype} on {u.device} as u is, got {t.dtype} on {t.device}"
-        )
+        raise TypeError(f"renoise: {name} must be {u.dtype} on {u.device} as u is, got {t.dtype} on {t.device}")
 
 
 def _check_term(u: Tensor, term: DataTerm) -> tuple[Tensor, Tensor | None]:
@@ -269,9 +266,7 @@ def _reference(
     if k_null != 0 or k_measured != 0:
         out = out + _weigh(u - (x0c if corrected else x0), k_null, k_measured, mask, factor, y is not None)
     if z_null != 0 or z_measured != 0:
-        z = mixed_normals(anchors, coefficients, u.shape[1:].numel(), seed, level, stream, u.dtype).reshape(
-            u.shape
-        )
+        z = mixed_normals(anchors, coefficients, u.shape[1:].numel(), seed, level, stream, u.dtype).reshape(u.shape)
         out = out + _weigh(z, z_null, z_measured, mask, factor, y is not None)
     return out.clone() if out is x0c else out.contiguous()
 
@@ -324,3 +319,21 @@ _library.define(
     setup_context=_setup,
 )
 _library.define(f"renoise_(Tensor(a!) u, {_ARGUMENTS}) -> ()", _reference_, lambda u, *rest: None)
+
+
+def _cuda(u: Tensor, *rest: Any) -> Tensor:
+    from recon3d.kernels import renoise as kernels
+
+    result: Tensor = kernels.renoise(u, *rest)
+    return result
+
+
+def _cuda_(u: Tensor, *rest: Any) -> None:
+    from recon3d.kernels import renoise as kernels
+
+    kernels.renoise(u, *rest, out=u)
+
+
+if importlib.util.find_spec("triton") is not None:
+    _library.register_cuda("renoise", _cuda)
+    _library.register_cuda("renoise_", _cuda_)
