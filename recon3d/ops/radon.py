@@ -179,7 +179,7 @@ def _lines(
     cs = torch.where(over_columns, centre_cross, centre_main)
     beta = -cross / main
     alpha = c / main + ci - beta * cs
-    length = torch.where(over_columns, dx * dy, dy * dx) * torch.hypot(p, r) / main.abs()
+    length = dx * dy * torch.hypot(p, r) / main.abs()
     return alpha, beta, length, over_columns
 
 

@@ -1,0 +1,30 @@
+// The float Radon kernels for x86-64 with AVX2 and FMA.
+#include "common.h"
+#include "cpu/radon_plan.h"
+
+#ifdef RECON3D_X86_LEVELS
+#include <immintrin.h>
+
+// every vector argument belongs to an inlined function, so no call depends on how vectors are passed
+#pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC target("avx2,fma")
+#define RECON3D_LEVEL 2
+
+namespace recon3d {
+namespace {
+#include "cpu/radon_simd.h"
+
+#include "cpu/radon_joseph.h"
+
+#include "cpu/radon_joseph_adjoint.h"
+
+#include "cpu/radon_shear.h"
+constexpr RadonKernels kKernels{joseph_forward, joseph_adjoint, shear_forward, shear_adjoint};
+}  // namespace
+extern const RadonKernels* const kRadonAvx2 = &kKernels;
+}  // namespace recon3d
+#else
+namespace recon3d {
+extern const RadonKernels* const kRadonAvx2 = nullptr;
+}
+#endif

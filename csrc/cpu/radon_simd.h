@@ -1,0 +1,64 @@
+// Sixteen-lane vectors, included once per instruction set inside its namespace (RECON3D_LEVEL 0 portable, 2 AVX2 + FMA,
+// 3 AVX-512). GCC vector extensions throughout; intrinsics only where AVX-512 has an instruction that they cannot name.
+// Products that are added go through madd alone, so every kernel of one instruction set rounds alike.
+
+typedef float Vec __attribute__((vector_size(64), may_alias));
+typedef float VecU __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Int __attribute__((vector_size(64), may_alias));
+typedef int32_t IntU __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int kLanes = 16;
+
+#define RECON3D_INLINE static inline __attribute__((always_inline))
+
+RECON3D_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecU*>(p); }
+RECON3D_INLINE Int load(const int32_t* p) { return *reinterpret_cast<const IntU*>(p); }
+RECON3D_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecU*>(p) = v; }
+RECON3D_INLINE void store(int32_t* p, Int v) { *reinterpret_cast<IntU*>(p) = v; }
+RECON3D_INLINE Vec splat(float v) { return Vec{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
+RECON3D_INLINE Int splat(int32_t v) { return Int{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v}; }
+RECON3D_INLINE Int iota() { return Int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+RECON3D_INLINE int least(int a, int b) { return a < b ? a : b; }
+RECON3D_INLINE int most(int a, int b) { return a > b ? a : b; }
+
+#if RECON3D_LEVEL == 3
+RECON3D_INLINE Vec madd(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+RECON3D_INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+RECON3D_INLINE Vec vabs(Vec a) { return (Vec)_mm512_abs_ps((__m512)a); }
+RECON3D_INLINE Int vmax(Int a, Int b) { return (Int)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+RECON3D_INLINE Int vmin(Int a, Int b) { return (Int)_mm512_min_epi32((__m512i)a, (__m512i)b); }
+RECON3D_INLINE Vec to_float(Int a) { return (Vec)_mm512_cvtepi32_ps((__m512i)a); }
+RECON3D_INLINE Int to_int(Vec a) { return (Int)_mm512_cvttps_epi32((__m512)a); }
+#else
+RECON3D_INLINE Vec madd(Vec a, Vec b, Vec c) { return a * b + c; }
+RECON3D_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+RECON3D_INLINE Vec vabs(Vec a) { return (Vec)((Int)a & splat(0x7fffffff)); }
+RECON3D_INLINE Int vmax(Int a, Int b) { return a > b ? a : b; }
+RECON3D_INLINE Int vmin(Int a, Int b) { return a < b ? a : b; }
+RECON3D_INLINE Vec to_float(Int a) { return __builtin_convertvector(a, Vec); }
+RECON3D_INLINE Int to_int(Vec a) { return __builtin_convertvector(a, Int); }
+#endif
+RECON3D_INLINE Int clamp(Int a, int low, int high) { return vmin(vmax(a, splat(low)), splat(high)); }
+
+// Transposes 16 x 16 floats in place.
+RECON3D_INLINE void transpose(Vec* v) {
+  for (int step = 8; step; step /= 2) {
+    for (int i = 0; i < 16; ++i) {
+      if (i & step) continue;
+      Vec a = v[i], b = v[i + step];
+      // lanes whose index lacks the bit stay, the others change places
+      if (step == 8) {
+        v[i] = __builtin_shuffle(a, b, Int{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
+        v[i + step] = __builtin_shuffle(a, b, Int{8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+      } else if (step == 4) {
+        v[i] = __builtin_shuffle(a, b, Int{0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
+        v[i + step] = __builtin_shuffle(a, b, Int{4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+      } else if (step == 2) {
+        v[i] = __builtin_shuffle(a, b, Int{0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
+        v[i + step] = __builtin_shuffle(a, b, Int{2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+      } else {
+        v[i] = __builtin_shuffle(a, b, Int{0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30});
+        v[i + step] = __builtin_shuffle(a, b, Int{1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31});
+      }
+    }
+  }
+}
