@@ -219,7 +219,8 @@ def parse_yaml(text: str, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}: not valid YAML{where} ({getattr(error, 'problem', None) or error})") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{source}: not valid YAML{where} ({problem})") from None
     except (RecursionError, ValueError) as error:
         raise ConfigError(f"{source}: not valid YAML ({type(error).__name__})") from None
 
@@ -272,6 +273,7 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
     first = problems[0]
     # a union reports every branch; the keys of the path are the fields
     where = ".".join(str(part) for part in first["loc"])
+    where = where if len(where) <= 80 else where[:77] + "..."
     given = first.get("input")
     if first["type"] == "extra_forbidden":
         allowed = _keys_at(model, first["loc"][:-1])

@@ -101,6 +101,7 @@ def check_array(
     stored_bytes: int,
     compressed: bool,
     limits: Limits = DEFAULT_LIMITS,
+    working_itemsize: int = 0,
 ) -> int:
     """The bytes of an array that a header describes, if they can be true and fit.
 
@@ -112,6 +113,7 @@ def check_array(
         stored_bytes: bytes the file can have for it.
         compressed: whether those are deflated.
         limits: what may be asked for.
+        working_itemsize: bytes of an element that reading takes on top.
 
     Raises:
         BadInput: a size is not positive, the file is too short for it, or it does not fit the budget.
@@ -133,10 +135,11 @@ def check_array(
             f"{name} claims {text} ({_human(nbytes)}) but only {_human(stored_bytes)} are stored",
             "the file is truncated; copy or export it again",
         )
-    if nbytes > limits.budget():
+    needed, budget = math.prod(sizes) * (itemsize + working_itemsize), limits.budget()
+    if needed > budget:
         raise BadInput(
             path,
-            f"{name} of {text} needs {_human(nbytes)}, more than the budget of {_human(limits.budget())}",
+            f"{name} of {text} needs {_human(needed)}, more than the budget of {_human(budget)}",
             "free memory or cut it into slabs",
         )
     return nbytes

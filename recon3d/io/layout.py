@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -191,6 +192,7 @@ def load_npz(path: str | os.PathLike[str], names: set[str], limits: Limits = DEF
         OverflowError,
         SyntaxError,
         TypeError,
+        tokenize.TokenError,  # numpy parses headers of old files so
     )
     with as_bad_input(path, "is not a readable npz archive", broken), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -250,7 +252,7 @@ def _read_npy(path: str | os.PathLike[str], name: str, file: IO[bytes], size: in
 
 
 def _take_logarithm(path: str | os.PathLike[str], found: dict[str, Any], options: ReadOptions, unit: Any) -> None:
-    kind = options.unit or {None: "line integrals", "": "line integrals", "1": "line integrals"}.get(unit, unit)
+    kind = options.unit or ("line integrals" if unit is None or unit in ("", "1") else unit)
     if kind == "line integrals":
         return
     if kind != "transmission":

@@ -88,22 +88,9 @@ def read_nifti(
         BadInput: the file is not such a volume.
     """
     _check_unit("read_nifti", unit)
-    size = check_file(path)
-    with Path(path).open("rb") as file:
-        header, stream = _read_header(path, file, size, limits)
-        raw = _read_values(path, header, stream, size)
-    stored = raw.view(header.dtype).reshape(header.shape[::-1])  # [k, j, i]
-    volume = np.empty(stored.shape, np.float32)
-    slope, intercept = header.scaling
-    with np.errstate(all="ignore"):  # what overflows is reported below
-        for k in range(len(stored)):
-            volume[k] = stored[k] if (slope, intercept) == (1.0, 0.0) else stored[k] * slope + intercept
-    check_finite(path, "the volume", volume)
-    ijk, affine = reorient(volume.T, header.affine, _CANONICAL)
-    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-    grid = VolumeGrid(ijk.shape[::-1], tuple(spacing[::-1].tolist()), tuple(map(tuple, affine.tolist())))
-    tensor = torch.from_numpy(np.ascontiguousarray(ijk.T))
-    return (hu_to_mu(tensor, mu_water_per_mm) if unit == "hu" else tensor), grid
+    with as_bad_input(path, "does not fit into memory", (MemoryError,), "free memory or cut it into slabs"):
+        volume, grid = _read_volume(path, limits)
+    return (hu_to_mu(volume, mu_water_per_mm) if unit == "hu" else volume), grid
 
 
 def read_nifti_header(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) -> NiftiHeader:
@@ -202,6 +189,24 @@ def _check_unit(owner: str, unit: str) -> None:
         raise ValueError(f"{owner}: unit must be one of {', '.join(get_args(Unit))}, got {unit!r}")
 
 
+def _read_volume(path: str | os.PathLike[str], limits: Limits) -> tuple[Tensor, VolumeGrid]:
+    size = check_file(path)
+    with Path(path).open("rb") as file:
+        header, stream = _read_header(path, file, size, limits)
+        raw = _read_values(path, header, stream)
+    stored = raw.view(header.dtype).reshape(header.shape[::-1])  # [k, j, i]
+    volume = np.empty(stored.shape, np.float32)
+    slope, intercept = header.scaling
+    with np.errstate(all="ignore"):  # what overflows is reported below
+        for k in range(len(stored)):
+            volume[k] = stored[k] if (slope, intercept) == (1.0, 0.0) else stored[k] * slope + intercept
+    check_finite(path, "the volume", volume)
+    ijk, affine = reorient(volume.T, header.affine, _CANONICAL)
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    grid = VolumeGrid(ijk.shape[::-1], tuple(spacing[::-1].tolist()), tuple(map(tuple, affine.tolist())))
+    return torch.from_numpy(np.ascontiguousarray(ijk.T)), grid
+
+
 def _read_header(
     path: str | os.PathLike[str], file: IO[bytes], size: int, limits: Limits
 ) -> tuple[NiftiHeader, IO[bytes] | Inflater]:
@@ -246,7 +251,8 @@ def _read_header(
         if not (len(block) <= offset <= least + _MOST_EXTENSION and offset == int(offset)):
             raise BadInput(path, f"says its values start at byte {offset:g}", f"at least {least} is expected")
         available = size if compressed else size - int(offset)
-        check_array(path, "the volume", sizes[:3], dtype.itemsize, available, compressed, limits)
+        # beside the stored values: the float32 volume and its reordered copy
+        check_array(path, "the volume", sizes[:3], dtype.itemsize, available, compressed, limits, 8)
         for axis in range(3):
             check_spacing(path, f"pixdim[{axis + 1}]", _mm(raw) * abs(float(raw["pixdim"][axis + 1])))
         affine = np.asarray(raw.get_best_affine(), np.float64)
@@ -280,9 +286,7 @@ def _skip(path: str | os.PathLike[str], stream: IO[bytes] | Inflater, count: int
         count -= step
 
 
-def _read_values(
-    path: str | os.PathLike[str], header: NiftiHeader, stream: IO[bytes] | Inflater, size: int
-) -> NDArray[np.uint8]:
+def _read_values(path: str | os.PathLike[str], header: NiftiHeader, stream: IO[bytes] | Inflater) -> NDArray[np.uint8]:
     nbytes = int(np.prod(header.shape, dtype=object)) * header.dtype.itemsize
     raw = np.empty(nbytes, np.uint8)  # pages are only taken as they are filled
     got = stream.readinto(raw.data)  # type: ignore[union-attr]

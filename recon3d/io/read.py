@@ -35,18 +35,8 @@ def read_measurement(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_L
     >>> read_measurement("scan.h5", detector_spacing_mm=0.01, rotation_centre="estimate")  # doctest: +SKIP
     """
     chosen = ReadOptions.of(options)
-    kind = _kind(path)
-    if kind == "npz":
-        return read_sinogram_npz(path, chosen, limits)
-    if kind == "nifti":
-        raise BadInput(path, "is an image volume, not a measurement", "simulate projections of it first")
-    with HDF5Reader() as reader:
-        tree = reader.tree(path)
-        if tree.get("exchange", {}).get("kind") == "group" and "exchange/data" in tree:
-            return read_data_exchange(path, chosen, reader, tree, limits)
-        if "sinogram" in tree:
-            return read_sinogram_hdf5(path, chosen, reader, tree, limits)
-    raise BadInput(path, "is HDF5 but holds neither exchange/data nor sinogram", _READ)
+    with as_bad_input(path, "does not fit into memory", (MemoryError,), "free memory or read fewer rows"):
+        return _read(path, chosen, limits)
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -96,6 +86,21 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     links = [key for key, item in tree.items() if item["kind"] in ("soft link", "external link")]
     groups = {key: _short(item["attrs"]) for key, item in tree.items() if item["kind"] == "group" and item["attrs"]}
     return out | {"format": name, "datasets": datasets, "groups": groups, "links_not_followed": links}
+
+
+def _read(path: str | os.PathLike[str], chosen: ReadOptions, limits: Limits) -> Measurement:
+    kind = _kind(path)
+    if kind == "npz":
+        return read_sinogram_npz(path, chosen, limits)
+    if kind == "nifti":
+        raise BadInput(path, "is an image volume, not a measurement", "simulate projections of it first")
+    with HDF5Reader() as reader:
+        tree = reader.tree(path)
+        if tree.get("exchange", {}).get("kind") == "group" and "exchange/data" in tree:
+            return read_data_exchange(path, chosen, reader, tree, limits)
+        if "sinogram" in tree:
+            return read_sinogram_hdf5(path, chosen, reader, tree, limits)
+    raise BadInput(path, "is HDF5 but holds neither exchange/data nor sinogram", _READ)
 
 
 def _short(attributes: dict[str, Any]) -> dict[str, Any]:

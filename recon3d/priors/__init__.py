@@ -35,6 +35,10 @@ def load_prior(
 
     folder = find_prior(name_or_path)
     card, state = read_folder(folder)
+    if card.sigma_data is None:
+        from recon3d.io import BadInput
+
+        raise BadInput(folder / "card.json", "sigma_data is missing", "write the card with recon3d train")
     return NetworkPrior(build_unet(card, state, folder), card, device, precision)
 
 

@@ -85,7 +85,7 @@ def build_unet(card: ModelCard, state: dict[str, Tensor], path: str | Path) -> U
         config = UNetConfig.model_validate(architecture)
         with torch.device("meta"):
             net = UNet(config)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch overflows on absurd widths
         first = str(error).splitlines()[0]
         raise BadInput(path / CARD, f"architecture does not describe a U-Net ({first})", "see UNetConfig") from None
     wanted = {k: tuple(v.shape) for k, v in net.state_dict().items()}
