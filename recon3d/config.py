@@ -194,6 +194,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         size = path.stat().st_size
+        if not path.is_file():
+            raise ConfigError(f"{path}: is not a file; give a YAML file")
         if size > _MAX_BYTES:
             raise ConfigError(f"{path}: {size} bytes is too large for a configuration file, at most {_MAX_BYTES}")
         text = path.read_text(encoding="utf-8")
@@ -237,6 +239,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} twice", key.start_mark)
             seen.add(str(key.value))

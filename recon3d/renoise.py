@@ -14,7 +14,9 @@ which one fused kernel evaluates (recon3d.ops.renoise). With q = sigma'^2 / sigm
 * full: a = 0, b = 1 (DAPS, SITCOM, Flower, ISCS). The estimate is a mean, so full renoising alone has too little
   spread; `prior_std` adds the missing variance v.
 * corrector visits: one Langevin step u' = u + h score + sqrt(2 h) z with h = 2 (snr |z| / |score|)^2 (Song et al.,
-  ICLR 2021), norms per slice; over the batch only to compare with published code.
+  ICLR 2021), norms per slice; over the batch only to compare with published code. The step depends on the very noise
+  it scales, which widens the law by about 4 / pixels; "expected" norms, h = 2 (snr sigma)^2, do not and need no pass
+  of their own.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from recon3d.ops.philox import NoiseKey
 from recon3d.trajectory import Level
 
 __all__ = ["DDIM", "Ancestral", "Full", "Renoise", "Rule", "langevin"]
+
+Norms = Literal["slice", "expected", "volume"]
 
 
 @dataclass(frozen=True)
@@ -99,15 +103,16 @@ class Renoise:
     Attributes:
         rule: weights of a step.
         direction: eps from the "network" estimate (DDS) or from the "corrected" one (DiffPIR); the corrected one
-            makes u' a state of the posterior where the data term gives the mean of x0 given u and y.
+            makes u' a state of the posterior where the data term gives the mean of x0 given u and y. Correctors
+            always follow the corrected one.
         snr: signal-to-noise ratio of corrector visits.
-        norms: of the corrector's step length, "slice" or, as published, "volume".
+        norms: of the corrector's step length: "slice", "expected" (no norms), or, as published, "volume".
     """
 
     rule: Rule
     direction: Literal["network", "corrected"] = "network"
     snr: float = 0.16
-    norms: Literal["slice", "volume"] = "slice"
+    norms: Norms = "slice"
 
     def __call__(self, u: Tensor, x0: Tensor, x0c: Tensor, level: Level, noise: NoiseKey) -> Tensor:
         """The next state; overwrites u.
@@ -122,17 +127,30 @@ class Renoise:
         if level.kind == "travel" or level.sigma_next == 0:
             # a finished image gets no noise; a travelling state has its noise from the data term
             return u.copy_(x0c)
+        a, b = 1 - 2 * self.snr**2, 2 * self.snr   # a corrector's h = 2 (snr sigma)^2 in the common formula
+        from_corrected = self.direction == "corrected"
         if level.kind == "correct":
-            return langevin(u, x0c if self.direction == "corrected" else x0, level.sigma, self.snr, noise, self.norms)
-        a, b = self.rule.weights(level.sigma, level.sigma_next)
-        eps_from: Literal["x0", "x0c"] = "x0c" if self.direction == "corrected" else "x0"
+            if self.norms != "expected":
+                return langevin(u, x0c, level.sigma, self.snr, noise, self.norms)
+            from_corrected = True
+        else:
+            a, b = self.rule.weights(level.sigma, level.sigma_next)
         return ops.renoise(
-            u, x0, x0c, level.sigma, level.sigma_next, a, b, noise, eps_from=eps_from, inplace=True
+            u,
+            x0,
+            x0c,
+            level.sigma,
+            level.sigma_next,
+            a,
+            b,
+            noise,
+            eps_from="x0c" if from_corrected else "x0",
+            inplace=True,
         )
 
 
 def langevin(
-    u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, norms: Literal["slice", "volume"] = "slice"
+    u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, norms: Norms = "slice"
 ) -> Tensor:
     """One Langevin corrector step along score = (x0 - u) / sigma^2, in place.
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
 import warnings
+from dataclasses import fields
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 from recon3d.geometry import FanBeam, ParallelBeam, VolumeGrid, equiangular
-from recon3d.io import BadInput, Limits, Measurement, describe, read_measurement, write_measurement
+from recon3d.io import BadInput, Limits, Measurement, ReadOptions, describe, read_measurement, write_measurement
 from recon3d.io.centre import estimate_rotation_centre
 
 GRID = VolumeGrid((3, 16, 16), (2.0, 1.0, 1.0), ((-1.0, 0, 0, 8), (0, -1.0, 0, 8), (0, 0, 2.0, -3), (0, 0, 0, 1)))
@@ -322,3 +325,23 @@ def test_measured_htc(data):
     assert m.geometry.detector_spacing_mm == 0.2
     assert m.geometry.angles_rad[1] == pytest.approx(-math.radians(0.5))
     assert len(m.notes) == 2
+
+
+def test_documented_example(tmp_path, monkeypatch):
+    """The blocks of docs/formats.md run as they stand, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    few = read_measurement("few.npz")
+    assert few.sinogram.shape == (4, 30, 96) and few.geometry.detector_spacing_mm == 1.0
+
+
+def test_documented_options_exist():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text()
+    table = text.split("## What a file does not say")[1].split("## ")[0]
+    named = set(re.findall(r"`(\w+)`", table.replace("`input:`", "")))
+    assert {field.name for field in fields(ReadOptions)} <= named

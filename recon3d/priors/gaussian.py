@@ -69,7 +69,9 @@ class GaussianPrior:
             raise ValueError(f"GaussianPrior: slices must be {tuple(self.spectrum.shape)}, got {tuple(u.shape[-2:])}")
         rows, columns, mean = (t.to(u) for t in (self._rows, self._columns, self.mean))
         gain = (self.spectrum / (self.spectrum + sigma**2)).to(u)
-        return mean + rows.T @ (gain * (rows @ (u - mean) @ columns.T)) @ columns
+        # each product is one matrix against the whole batch
+        coefficients = ((u - mean) @ columns.T).mT @ rows.T
+        return mean + ((coefficients * gain.T) @ rows).mT @ columns
 
     def sample(self, n: int, seed: int = 0) -> Tensor:
         """n slices from the prior, [n, row, col] float64."""

@@ -140,8 +140,8 @@ class RenoiseSection(_Section):
         "network", description="estimate that tells the old noise"
     )
     snr: float = Field(0.16, gt=0, description="correctors: signal-to-noise ratio")
-    norms: Literal["slice", "volume"] = Field(
-        "slice", description="correctors: step length per slice or from the mean"
+    norms: Literal["slice", "expected", "volume"] = Field(
+        "slice", description="correctors: step length from norms per slice, from sigma alone, or from mean norms"
     )
 
     @model_validator(mode="after")
