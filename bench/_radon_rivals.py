@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recon3d.geometry import FanBeam, ParallelBeam
-from recon3d.ops.radon import _joseph_taps, _lines
+from recon3d.ops.radon import _joseph_taps, _lines, _reference, _reference_adjoint, _scan
 
 
 class Absent(RuntimeError):
@@ -225,8 +225,7 @@ class ParallelProj(Rival):
 class SparseMatrix(Rival):
     """Our own Joseph weights as two explicit CSR matrices, applied by torch (MKL or cuSPARSE)."""
 
-    name, devices = "torch CSR", ("cpu", "cuda")
-    device = "cpu"
+    name, device = "torch CSR", "cpu"
 
     def __init__(self, geometry: ParallelBeam, n: int, slices: int) -> None:
         taps = 2 * n * geometry.n_views * geometry.n_detector
@@ -327,8 +326,7 @@ class SkImage(Rival):
 class Rotation(Rival):
     """The usual torch one: rotate by grid_sample and sum, its adjoint by autograd's own kernel."""
 
-    name, max_slices, devices = "torch grid_sample", 1, ("cpu", "cuda")
-    device = "cpu"
+    name, max_slices, device = "torch grid_sample", 1, "cpu"
 
     def __init__(self, geometry: ParallelBeam, n: int, slices: int) -> None:
         if isinstance(geometry, FanBeam) or n != geometry.n_detector:
@@ -369,6 +367,37 @@ class Rotation(Rival):
 
 class RotationCuda(Rotation):
     device, devices, max_slices = "cuda", ("cuda",), 1 << 30
+
+
+class Definition(Rival):
+    """Our own torch reference, which runs where no kernel does."""
+
+    name, devices = "torch reference", ("cuda",)
+
+    def __init__(self, geometry: ParallelBeam, n: int, slices: int) -> None:
+        angles, *lengths = _scan(geometry)
+        self.rest = (*lengths, 1.0, 1.0, 0)
+        self.angles, self.cells, self.n = angles, geometry.n_detector, n
+
+    def load_image(self, x: Tensor) -> None:
+        self.x = x.cuda()
+
+    def load_sinogram(self, y: Tensor) -> None:
+        self.y = y.cuda()
+
+    def forward(self) -> object:
+        self.projected = _reference(self.x, self.angles, self.cells, *self.rest)
+        return self.projected
+
+    def adjoint(self) -> object:
+        self.back = _reference_adjoint(self.y, self.angles, self.n, self.n, *self.rest)
+        return self.back
+
+    def sinogram(self) -> Tensor:
+        return self.projected.cpu()
+
+    def image(self) -> Tensor:
+        return self.back.cpu()
 
 
 class AstraCuda(Rival):
@@ -447,7 +476,7 @@ class TorchRadon(Rival):
 
 RIVALS: tuple[type[Rival], ...] = (
     AstraLinear, AstraLine, Leap, ParallelProj, SparseMatrix, SkImage, Rotation,
-    SparseMatrixCuda, RotationCuda, AstraCuda, TorchRadon,
+    Definition, SparseMatrixCuda, RotationCuda, AstraCuda, TorchRadon,
 )  # fmt: skip
 
 

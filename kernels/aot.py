@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,14 +114,18 @@ def main() -> None:
     """Compile everything and write one JSON object {"module:variant:arch": resources or error} to stdout."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("recon3d.kernels.aot: unset TRITON_INTERPRET, interpreted kernels cannot be compiled")
-    results: dict[str, Any] = {}
-    for name, variant in variants():
-        for arch in ARCHITECTURES:
-            try:
-                results[f"{name}:{arch}"] = compile_variant(variant, arch)
-            except Exception as error:  # one kernel's failure must not hide the others
-                results[f"{name}:{arch}"] = {"error": f"{type(error).__name__}: {error}"}
+    jobs = [(name, arch) for name, _ in variants() for arch in ARCHITECTURES]
+    with ProcessPoolExecutor() as pool:
+        results = {f"{n}:{a}": found for (n, a), found in zip(jobs, pool.map(_measure, jobs), strict=True)}
     json.dump(results, sys.stdout, indent=1)
+
+
+def _measure(job: tuple[str, int]) -> dict[str, Any]:
+    name, arch = job
+    try:
+        return compile_variant(dict(variants())[name], arch)
+    except Exception as error:  # one kernel's failure must not hide the others
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from recon3d.kernels.aot import Variant
 from torch import Tensor
+
+from recon3d.kernels.aot import Variant
 
 DIFF, ADJOINT, NORMAL = 0, 1, 2
 
@@ -22,7 +23,7 @@ def tvz_stencil_kernel(
     out_ptr,
     slices,
     pixels,
-    scale: tl.float64,
+    scale: "fp64",
     KIND: tl.constexpr,
     ADD: tl.constexpr,
     PERIODIC: tl.constexpr,
@@ -73,8 +74,8 @@ def tvz_update_kernel(
     g_ptr,
     slices,
     pixels,
-    threshold: tl.float64,
-    scale: tl.float64,
+    threshold: "fp64",
+    scale: "fp64",
     HAS_Z: tl.constexpr,
     PERIODIC: tl.constexpr,
     SLICES: tl.constexpr,
@@ -156,12 +157,12 @@ VARIANTS = [
             f"{name}-{dtype}",
             tvz_stencil_kernel,
             {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **_SIZES, "scale": "fp64"},
-            {"KIND": kind, "ADD": bool(add), "PERIODIC": False, "BLOCK": 1024},
+            {"KIND": kind, "ADD": add, "PERIODIC": False, "BLOCK": 1024},
             aligned=("x_ptr", "out_ptr", "pixels"),
             load_bits=128,
             store_bits=128,
         )
-        for name, kind, add in (("diff", 0, 0), ("adjoint", 1, 0), ("normal", 2, 0), ("add-normal", 2, 1))
+        for name, kind, add in (("diff", 0, False), ("adjoint", 1, False), ("normal", 2, False), ("add-normal", 2, True))
         for dtype in ("fp32", "fp64")
     ),
     *(

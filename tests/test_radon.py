@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from laws import adjoint_gap, check_adjoint, check_batch_independent, check_close_to_float64, check_linear, check_threads
+from laws import (
+    adjoint_gap,
+    check_adjoint,
+    check_batch_independent,
+    check_close_to_float64,
+    check_linear,
+    check_threads,
+)
 
 from recon3d.geometry import FanBeam, ParallelBeam, equiangular
 from recon3d.ops import radon, radon_adjoint
-from recon3d.ops import radon as radon_function
 from recon3d.ops.radon import _METHODS, _reference, _reference_adjoint, _scan
 from recon3d.testing.phantoms import Ellipse, line_integrals, rasterise, shepp_logan
 
@@ -59,13 +65,13 @@ class Case:
 def _parallel_cases(method: str) -> list[Case]:
     m = f"-{method}"
     return [
-        Case("square" + m, ParallelBeam(equiangular(20), 48, 1.0), (48, 48), method=method),
+        Case("square" + m, ParallelBeam(equiangular(8), 48, 1.0), (48, 48), method=method),
         Case("odd" + m, ParallelBeam(equiangular(7, FULL, 0.1), 67, 1.3, 2.7), (61, 53), (1.1, 0.9), method),
         Case("flat-pixels" + m, ParallelBeam(equiangular(9, FULL), 41, 0.8, -1.0), (19, 45), (2.0, 0.7), method),
         Case("fine-detector" + m, ParallelBeam(equiangular(6, FULL, 0.3), 130, 0.3), (40, 33), method=method),
         Case("coarse-detector" + m, ParallelBeam(equiangular(6, FULL, 0.3), 11, 5.0), (40, 33), method=method),
-        Case("45-degrees" + m, ParallelBeam(tuple(math.radians(45 + 90 * k) for k in range(4)), 40, 1.0), (32, 32), method=method),
-        Case("quadrants" + m, ParallelBeam(tuple(math.radians(90 * k) for k in range(5)), 36, 1.0), (32, 32), method=method),
+        Case("45-degrees" + m, ParallelBeam(equiangular(4, FULL, math.pi / 4), 40, 1.0), (32, 32), method=method),
+        Case("quadrants" + m, ParallelBeam(equiangular(5, FULL * 1.25), 36, 1.0), (32, 32), method=method),
         Case("far-offset" + m, ParallelBeam(equiangular(5), 20, 1.0, 40.0), (48, 64), method=method),
         Case("one-pixel" + m, ParallelBeam(equiangular(5), 4, 0.5), (1, 1), method=method),
         Case("one-view" + m, ParallelBeam((0.4,), 33, 1.0), (17, 30), method=method),
@@ -76,7 +82,7 @@ def _parallel_cases(method: str) -> list[Case]:
 
 
 FAN_CASES = [
-    Case("fan", fan(24, 48, 2.1, 96.0, 192.0), (48, 48)),
+    Case("fan", fan(9, 48, 2.1, 96.0, 192.0), (48, 48)),
     Case("fan-odd", fan(11, 71, 1.3, 90.0, 150.0, 3.3), (61, 53), (1.1, 0.9)),
     Case("fan-wide", fan(10, 90, 2.0, 30.0, 60.0), (31, 37)),
     Case("fan-few-cells", fan(10, 9, 25.0, 30.0, 60.0), (31, 37)),
@@ -85,6 +91,9 @@ FAN_CASES = [
     Case("fan-one-view", fan(1, 40, 1.5, 60.0, 100.0, 0.5), (30, 20), (0.8, 1.2)),
 ]
 CASES = _parallel_cases("joseph") + _parallel_cases("shear") + FAN_CASES
+SOME = [
+    c for c in CASES if "odd" in c.name or "-detector" in c.name or c.name in ("fan", "fan-wide", "one-pixel-joseph")
+]
 
 
 @pytest.fixture(params=["best", "avx2", "portable"])
@@ -107,12 +116,17 @@ def test_adjoint_float64(case):
     check_adjoint(case.reference, case.reference_adjoint, x, y, 1e-12)
 
 
-@pytest.mark.parametrize("slices", [1, 3, 18])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_close_to_float64(case, slices, isa):
-    x, y = case.domain(slices), case.range(slices)
-    check_close_to_float64(case.A(x), case.reference(x), case.reference(x.double()), "forward")
-    check_close_to_float64(case.AT(y), case.reference_adjoint(y), case.reference_adjoint(y.double()), "adjoint")
+def test_close_to_float64(case, isa):
+    """Alone, in a small stack and in the last, partly filled group of a large one."""
+    x, y = case.domain(), case.range()
+    one, two = case.reference(x), case.reference_adjoint(y)
+    exact_one, exact_two = case.reference(x.double()), case.reference_adjoint(y.double())
+    for slices in (2, 18):
+        xs, ys = case.domain(slices), case.range(slices)
+        xs[-2:], ys[-2:] = x, y
+        check_close_to_float64(case.A(xs)[-2:], one, exact_one, "forward")
+        check_close_to_float64(case.AT(ys)[-2:], two, exact_two, "adjoint")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -122,17 +136,18 @@ def test_float64_is_the_reference(case):
         assert (got - want).norm() <= 1e-12 * (want.norm() + 1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_linear(case, isa):
     check_linear(case.A, case.domain(seed=3), case.domain(seed=4))
     check_linear(case.AT, case.range(seed=3), case.range(seed=4))
 
 
-@pytest.mark.parametrize("slices", [3, 16, 21, 33])
-@pytest.mark.parametrize("case", [c for c in CASES if "odd" in c.name or "fine" in c.name or c.name == "fan"], ids=str)
-def test_slice_does_not_depend_on_stack(case, slices, isa):
-    check_batch_independent(case.A, case.domain(slices))
-    check_batch_independent(case.AT, case.range(slices))
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_slice_does_not_depend_on_stack(case, isa):
+    """7 slices go through every small kernel, 25 through full and partly filled groups of 16."""
+    for slices in (7, 25 if isa == "best" else 18):
+        check_batch_independent(case.A, case.domain(slices))
+        check_batch_independent(case.AT, case.range(slices))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "odd" in c.name or c.name == "fan"], ids=str)
@@ -158,7 +173,7 @@ def test_views_are_independent(case, isa):
 
 @pytest.mark.parametrize("method", ["joseph", "shear"])
 def test_gradcheck(method):
-    case = Case("grad", ParallelBeam((0.1, 1.2, 2.9), 6, 1.1), (4, 5), (1.0, 0.9), method)
+    case = Case("grad", ParallelBeam((0.1, 1.2), 5, 1.1), (3, 4), (1.0, 0.9), method)
     x, y = case.domain(2, torch.float64).requires_grad_(), case.range(2, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(case.A, (x,)) and torch.autograd.gradcheck(case.AT, (y,))
     assert torch.autograd.gradgradcheck(case.A, (x,))
@@ -195,7 +210,7 @@ def test_layouts(case, isa):
     assert torch.equal(case.AT(y[:1].expand(4, -1, -1))[3], aty[0])
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SOME, ids=str)
 def test_nan_stays_in_its_slice(case, isa):
     """A slice of NaN neither reaches its neighbours nor leaves stale memory in the output."""
     x, y = case.domain(5), case.range(5)
@@ -209,7 +224,7 @@ def _error(n: int, geometry, method: str) -> float:
     head = shepp_logan(n / 2)
     image = torch.from_numpy(rasterise(head, (n, n), (1.0, 1.0))).float()
     exact = torch.from_numpy(line_integrals(head, geometry))
-    return float((radon_function(image, geometry, (1.0, 1.0), method).double() - exact).norm() / exact.norm())
+    return float((radon(image, geometry, (1.0, 1.0), method).double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("method, slack", [("joseph", 1.02), ("shear", 1.10)])
@@ -281,7 +296,7 @@ def test_the_adjoint_test_can_fail():
 def test_bad_input():
     g, f = ParallelBeam((0.0, 1.0), 8, 1.0), fan(2, 8, 1.0, 20.0, 40.0)
     x, one = torch.zeros(2, 8, 8), (1.0, 1.0)
-    with pytest.raises(TypeError, match="radon: float32 or float64 needed, got torch.int64"):
+    with pytest.raises(TypeError, match=r"radon: float32 or float64 needed, got torch\.int64"):
         radon(x.long(), g, one)
     with pytest.raises(ValueError, match="radon: at least two axes"):
         radon(torch.zeros(8), g, one)

@@ -400,3 +400,26 @@ def test_triton_index_past_int32():
     kernels.philox_normal_kernel[(3,)](key.anchors, key.coefficients, z, 2**30, 1, 0, 0, 5, BLOCK=16)
     small = kernels.philox_normal(key.anchors, key.coefficients, 64, 5, 0, 0, False, block=16)
     assert torch.equal(z[2**31 :], small[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_op_and_graph(kind):
+    u, x0, x0c = make(kind, (3, 61, 64), sigma_y=0.3 if kind != "given" else 0.0)
+    key = noise.iscs_mm(3, 1.0, 3.0, seed=3)
+    want = renoise(u, x0, x0c, SIGMA, NEXT, A, B, key)
+    if kind == "given":
+        third = x0c.cuda()
+    else:
+        mask = None if x0c.mask is None else x0c.mask.cuda()
+        third = DataTerm(kind, x0c.y.cuda(), x0c.sigma_y, mask, x0c.factor)
+    u, x0 = u.cuda(), x0.cuda()
+    assert (renoise(u, x0, third, SIGMA, NEXT, A, B, key).cpu() - want).abs().max() < 1e-5
+    kept = u.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        renoise(u, x0, third, SIGMA, NEXT, A, B, key, inplace=True)
+    u.copy_(kept)
+    graph.replay()
+    assert (u.cpu() - want).abs().max() < 1e-5
+    assert torch.equal(key.draw((5, 7), device="cuda").cpu().sign(), key.draw((5, 7)).sign())

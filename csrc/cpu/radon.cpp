@@ -268,8 +268,7 @@ Shear make_shear(const RadonPlan& plan, int axis, const Segment& s) {
   return v;
 }
 
-template <class T>
-void shear_forward(const RadonPlan& plan, const T* x, T* y, int64_t slices, RunRanges run) {
+void shear_forward(const RadonPlan& plan, const double* x, double* y, int64_t slices, RunRanges run) {
   const RadonScan& g = plan.scan;
   for (int axis = 0; axis < 2; ++axis) {
     const int steps = plan.steps(axis), n = plan.across(axis);
@@ -278,23 +277,23 @@ void shear_forward(const RadonPlan& plan, const T* x, T* y, int64_t slices, RunR
       for (int64_t c = b; c < e; ++c) {
         const Segment& s = plan.segments[axis][c];
         const Shear v = make_shear(plan, axis, s);
-        std::vector<T> sum(v.size);
+        std::vector<double> sum(v.size);
         for (int64_t k = 0; k < slices; ++k) {
-          std::fill(sum.begin(), sum.end(), T(0));
+          std::fill(sum.begin(), sum.end(), 0.0);
           for (int i = 0; i < steps; ++i) {
-            const T* row = x + k * g.ny * g.nx + i * along;
-            const T w = static_cast<T>(v.fraction[i]);
-            T* to = sum.data() - v.left - v.whole[i];
+            const double* row = x + k * g.ny * g.nx + i * along;
+            const double w = v.fraction[i];
+            double* to = sum.data() - v.left - v.whole[i];
             for (int j = 0; j < n; ++j) {
               to[j - 1] += w * row[j * across];
               to[j] += (1 - w) * row[j * across];
             }
           }
           for (int64_t r = 0; r < g.cells; ++r) {
-            T total = 0;
+            double total = 0;
             for (int64_t t = 0; t < 4; ++t)
               if (v.node[r] + t >= 0 && v.node[r] + t < v.size)
-                total += static_cast<T>(v.weight[4 * r + t]) * sum[v.node[r] + t];
+                total += v.weight[4 * r + t] * sum[v.node[r] + t];
             y[(k * g.views + s.view) * g.cells + r] = total;
           }
         }
@@ -303,10 +302,9 @@ void shear_forward(const RadonPlan& plan, const T* x, T* y, int64_t slices, RunR
   }
 }
 
-template <class T>
-void shear_adjoint(const RadonPlan& plan, const T* y, T* x, int64_t slices, RunRanges run) {
+void shear_adjoint(const RadonPlan& plan, const double* y, double* x, int64_t slices, RunRanges run) {
   const RadonScan& g = plan.scan;
-  std::memset(x, 0, sizeof(T) * static_cast<size_t>(slices * g.ny * g.nx));
+  std::memset(x, 0, sizeof(double) * static_cast<size_t>(slices * g.ny * g.nx));
   for (int axis = 0; axis < 2; ++axis) {
     const int steps = plan.steps(axis), n = plan.across(axis);
     const int64_t along = axis ? 1 : g.nx, across = axis ? g.nx : 1;
@@ -315,15 +313,15 @@ void shear_adjoint(const RadonPlan& plan, const T* y, T* x, int64_t slices, RunR
         for (int64_t c = 0; c < plan.count[axis]; ++c) {
           const Segment& s = plan.segments[axis][c];
           const Shear v = make_shear(plan, axis, s);
-          std::vector<T> sum(v.size);
+          std::vector<double> sum(v.size);
           for (int64_t r = 0; r < g.cells; ++r)
             for (int64_t t = 0; t < 4; ++t)
               if (v.node[r] + t >= 0 && v.node[r] + t < v.size)
-                sum[v.node[r] + t] += static_cast<T>(v.weight[4 * r + t]) * y[(k * g.views + s.view) * g.cells + r];
+                sum[v.node[r] + t] += v.weight[4 * r + t] * y[(k * g.views + s.view) * g.cells + r];
           for (int i = 0; i < steps; ++i) {
-            T* row = x + k * g.ny * g.nx + i * along;
-            const T w = static_cast<T>(v.fraction[i]);
-            const T* from = sum.data() - v.left - v.whole[i];
+            double* row = x + k * g.ny * g.nx + i * along;
+            const double w = v.fraction[i];
+            const double* from = sum.data() - v.left - v.whole[i];
             for (int j = 0; j < n; ++j) row[j * across] += w * from[j - 1] + (1 - w) * from[j];
           }
         }
@@ -335,24 +333,24 @@ void shear_adjoint(const RadonPlan& plan, const T* y, T* x, int64_t slices, RunR
 void radon_cpu(const float* x, float* y, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
   Scan s;
   make_plan(scan, s);
-  if (method == kShear) return shear_forward(s.plan, x, y, slices, run);
-  kernels().forward(s.plan, x, y, slices, run);
+  const RadonKernels& k = kernels();
+  (method == kShear ? k.shear_forward : k.forward)(s.plan, x, y, slices, run);
 }
 void radon_adjoint_cpu(const float* y, float* x, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
   Scan s;
   make_plan(scan, s);
-  if (method == kShear) return shear_adjoint(s.plan, y, x, slices, run);
-  kernels().adjoint(s.plan, y, x, slices, run);
+  const RadonKernels& k = kernels();
+  (method == kShear ? k.shear_adjoint : k.adjoint)(s.plan, y, x, slices, run);
 }
 void radon_cpu(const double* x, double* y, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
   Scan s;
   make_plan(scan, s);
-  (method == kShear ? shear_forward<double> : joseph_forward)(s.plan, x, y, slices, run);
+  (method == kShear ? shear_forward : joseph_forward)(s.plan, x, y, slices, run);
 }
 void radon_adjoint_cpu(const double* y, double* x, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
   Scan s;
   make_plan(scan, s);
-  (method == kShear ? shear_adjoint<double> : joseph_adjoint)(s.plan, y, x, slices, run);
+  (method == kShear ? shear_adjoint : joseph_adjoint)(s.plan, y, x, slices, run);
 }
 
 }  // namespace recon3d

@@ -137,9 +137,10 @@ RECON3D_INLINE bool touches(const RadonPlan& plan, const FanTables& t, const Seg
 
 // ---- layouts --------------------------------------------------------------------------------------------------------
 
-// Rows [begin, end) of the slices of x as padded rows [slice][step][width], cell 0 at kPad; axis 1 exchanges rows and
+// Rows [begin, end) of the slices of x as padded rows [slice][step][width], cell 0 at pad; axis 1 exchanges rows and
 // columns.
-static void pad_rows(const RadonPlan& plan, const float* x, float* padded, int axis, int width, int64_t begin, int64_t end) {
+static void pad_rows(const RadonPlan& plan, const float* x, float* padded, int axis, int pad, int width, int64_t begin,
+                     int64_t end) {
   const int64_t ny = plan.scan.ny, nx = plan.scan.nx, steps = plan.steps(axis), across = plan.across(axis);
   const int64_t blocks = (steps + kLanes - 1) / kLanes;
   for (int64_t item = begin; item < end; ++item) {
@@ -148,9 +149,9 @@ static void pad_rows(const RadonPlan& plan, const float* x, float* padded, int a
     float* out = padded + slice * steps * width;
     for (int64_t i = i0; i < i1; ++i) {
       float* row = out + i * width;
-      __builtin_memset(row, 0, kPad * sizeof(float));
-      __builtin_memset(row + kPad + across, 0, (width - kPad - across) * sizeof(float));
-      if (!axis) __builtin_memcpy(row + kPad, in + i * nx, nx * sizeof(float));
+      __builtin_memset(row, 0, pad * sizeof(float));
+      __builtin_memset(row + pad + across, 0, (width - pad - across) * sizeof(float));
+      if (!axis) __builtin_memcpy(row + pad, in + i * nx, nx * sizeof(float));
     }
     if (!axis) continue;
     for (int64_t k0 = 0; k0 < across; k0 += kLanes) {
@@ -158,10 +159,10 @@ static void pad_rows(const RadonPlan& plan, const float* x, float* padded, int a
         Vec v[kLanes];
         for (int l = 0; l < kLanes; ++l) v[l] = load(in + (k0 + l) * nx + i0);
         transpose(v);
-        for (int l = 0; l < kLanes; ++l) store(out + (i0 + l) * width + kPad + k0, v[l]);
+        for (int l = 0; l < kLanes; ++l) store(out + (i0 + l) * width + pad + k0, v[l]);
       } else {
         for (int64_t k = k0; k < across && k < k0 + kLanes; ++k)
-          for (int64_t i = i0; i < i1; ++i) out[i * width + kPad + k] = in[k * nx + i];
+          for (int64_t i = i0; i < i1; ++i) out[i * width + pad + k] = in[k * nx + i];
       }
     }
   }
@@ -344,7 +345,7 @@ static void forward_few(const RadonPlan& plan, const FanTables& tables, const fl
       const int some = static_cast<int>(slices - s0 < 4 ? slices - s0 : 4);
       Scratch memory((static_cast<size_t>(plane) * some + 2 * kPad) * sizeof(float));
       run_ranges(run, some * ((steps + kLanes - 1) / kLanes), [&](int64_t b, int64_t e) {
-        pad_rows(plan, x + s0 * image, memory.floats(), axis, width, b, e);
+        pad_rows(plan, x + s0 * image, memory.floats(), axis, kPad, width, b, e);
       });
       run_ranges(run, groups, [&](int64_t b, int64_t e) {
         Scratch total(static_cast<size_t>(kGroup) * 4 * round_up(static_cast<int>(plan.scan.cells), kLanes) * sizeof(float));

@@ -148,68 +148,82 @@ RECON3D_CLONES void pixels(const Pixels<double>& p, int64_t n, DataKind kind, bo
   pixels_of_any(p, n, kind, corrected);
 }
 
-// One row of blocks of one slice: what is constant over a block is gathered first (means over factor rows, then over
-// factor columns), then every pixel is out = x0 + k (u - x0) + w z + block[column].
+// One row of blocks of one slice. With (k', w') the weights on means and m the mean over a block,
+//   out = x0 + k (u - base) + w z + term,  term = c lam (y - m(x0)) + (k' - k) m(u - x0) + (w' - w) m(z)
+// where c = 1, or 1 - k' if base is x0c. All means are one: of what they weigh, summed over rows, then over columns.
 template <class T>
 struct BlockRow {
   const T *u, *x0, *y, *z;
-  T* out;
-  T *sum_u, *sum_x, *sum_z;  // [columns] scratch; sum_x ends as the block term
+  T *out, *sum;  // sum: [columns] scratch
   int64_t columns, factor;
   T k, w, k_measured, w_measured, lam;
   bool corrected;
 };
 
-template <class T>
-inline __attribute__((always_inline)) void block_row_loop(const BlockRow<T>& b) {
-  const int64_t columns = b.columns, f = b.factor;
-  const T *u = b.u, *x0 = b.x0, *z = b.z;
-  T *RECON3D_RESTRICT su = b.sum_u, *RECON3D_RESTRICT sx = b.sum_x, *RECON3D_RESTRICT sz = b.sum_z;
-  const T k = b.k, w = b.w;
-  const bool eps = b.k != 0 || b.k_measured != 0;
-  for (int64_t j = 0; j < columns; ++j) su[j] = sx[j] = sz[j] = 0;
-  for (int64_t i = 0; i < f; ++i) {
-    for (int64_t j = 0; j < columns; ++j) sx[j] += x0[i * columns + j];
-    if (eps)
-      for (int64_t j = 0; j < columns; ++j) su[j] += u[i * columns + j] - x0[i * columns + j];
-    if (z)
-      for (int64_t j = 0; j < columns; ++j) sz[j] += z[i * columns + j];
-  }
-  const T mean = T(1) / static_cast<T>(f * f), dk = b.k_measured - b.k, dw = b.w_measured - b.w;
-  for (int64_t c = 0; c < columns / f; ++c) {
-    T x = 0, e = 0, n = 0;
-    for (int64_t j = c * f; j < (c + 1) * f; ++j) {
-      x += sx[j];
-      e += su[j];
-      n += sz[j];
-    }
-    const T shift = b.lam * (b.y[c] - x * mean);
-    const T e_mean = e * mean - (b.corrected ? shift : T(0));
-    T term = shift;
-    if (eps) term += dk * e_mean - (b.corrected ? k * shift : T(0));
-    if (z) term += dw * (n * mean);
-    for (int64_t j = c * f; j < (c + 1) * f; ++j) sx[j] = term;
-  }
-  for (int64_t i = 0; i < f; ++i) {
-    const T *ur = u + i * columns, *xr = x0 + i * columns, *zr = z + i * columns;
-    T* out = b.out + i * columns;
-    if (eps && z) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j] + k * (ur[j] - xr[j]) + w * zr[j];
-    } else if (eps) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j] + k * (ur[j] - xr[j]);
-    } else if (z) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j] + w * zr[j];
-    } else {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < columns; ++j) out[j] = xr[j] + sx[j];
+template <class T, bool kEps, bool kNoise>
+inline __attribute__((always_inline)) void sum_rows(const BlockRow<T>& b, T wx, T wu, T wz) {
+  const int64_t columns = b.columns;
+  T* RECON3D_RESTRICT sum = b.sum;
+  for (int64_t j = 0; j < columns; ++j) sum[j] = 0;
+  for (int64_t i = 0; i < b.factor; ++i) {
+    const T *u = b.u + i * columns, *x0 = b.x0 + i * columns, *z = b.z + i * columns;
+    for (int64_t j = 0; j < columns; ++j) {
+      T value = wx * x0[j];
+      if (kEps) value += wu * (u[j] - x0[j]);
+      if (kNoise) value += wz * z[j];
+      sum[j] += value;
     }
   }
 }
-RECON3D_CLONES void block_row(const BlockRow<float>& b) { block_row_loop(b); }
-RECON3D_CLONES void block_row(const BlockRow<double>& b) { block_row_loop(b); }
+
+// sum[j] becomes the term of its block; kFactor 0 stands for any
+template <class T, int kFactor>
+inline __attribute__((always_inline)) void sum_columns(T* RECON3D_RESTRICT sum, const T* RECON3D_RESTRICT y, int64_t n,
+                                                       int64_t factor, T wy) {
+  const int64_t f = kFactor ? kFactor : factor;
+  for (int64_t c = 0; c < n; ++c) {
+    T total = wy * y[c];
+    for (int64_t j = 0; j < f; ++j) total += sum[c * f + j];
+    for (int64_t j = 0; j < f; ++j) sum[c * f + j] = total;
+  }
+}
+
+template <class T, bool kEps, bool kNoise>
+inline __attribute__((always_inline)) void block_row_loop(const BlockRow<T>& b) {
+  const int64_t columns = b.columns, f = b.factor;
+  const T k = b.k, w = b.w, mean = T(1) / static_cast<T>(f * f);
+  const T wy = b.lam * (b.corrected ? T(1) - b.k_measured : T(1));
+  sum_rows<T, kEps, kNoise>(b, -wy * mean, (b.k_measured - k) * mean, (b.w_measured - w) * mean);
+  if (f == 2)
+    sum_columns<T, 2>(b.sum, b.y, columns / 2, 2, wy);
+  else if (f == 4)
+    sum_columns<T, 4>(b.sum, b.y, columns / 4, 4, wy);
+  else
+    sum_columns<T, 0>(b.sum, b.y, columns / f, f, wy);
+  const T* sum = b.sum;
+  for (int64_t i = 0; i < f; ++i) {
+    const T *u = b.u + i * columns, *x0 = b.x0 + i * columns, *z = b.z + i * columns;
+    T* out = b.out + i * columns;
+#pragma GCC ivdep
+    for (int64_t j = 0; j < columns; ++j) {
+      T value = x0[j] + sum[j];
+      if (kEps) value += k * (u[j] - x0[j]);
+      if (kNoise) value += w * z[j];
+      out[j] = value;
+    }
+  }
+}
+
+template <class T>
+inline __attribute__((always_inline)) void block_row_any(const BlockRow<T>& b) {
+  const bool eps = b.k != 0 || b.k_measured != 0;
+  if (eps)
+    b.z ? block_row_loop<T, true, true>(b) : block_row_loop<T, true, false>(b);
+  else
+    b.z ? block_row_loop<T, false, true>(b) : block_row_loop<T, false, false>(b);
+}
+RECON3D_CLONES void block_row(const BlockRow<float>& b) { block_row_any(b); }
+RECON3D_CLONES void block_row(const BlockRow<double>& b) { block_row_any(b); }
 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -273,15 +287,14 @@ void renoise_cpu(const RenoiseStep<T>& step, int64_t task0, int64_t task1) {
     const int64_t band = step.factor * step.columns, small = step.columns / step.factor,
                   bands = step.rows / step.factor;
     RangeNoise<T> source(step.noise, band);
-    std::vector<T> sums(3 * step.columns);
+    std::vector<T> sum(step.columns);
     for_tasks(
         bands, step.slices, task0, task1, [&](int64_t r) { source.range(r * band, band); },
         [&](int64_t r, int64_t s) {
           const int64_t at = s * n + r * band;
           block_row(BlockRow<T>{step.u + at, step.x0 + at, step.y + (s * bands + r) * small,
-                                noisy ? source.of(s) : nullptr, step.out + at, &sums[0], &sums[step.columns],
-                                &sums[2 * step.columns], step.columns, step.factor, k, w, k_measured, w_measured, lam,
-                                step.corrected});
+                                noisy ? source.of(s) : nullptr, step.out + at, sum.data(), step.columns, step.factor, k,
+                                w, k_measured, w_measured, lam, step.corrected});
         });
     return;
   }

@@ -31,6 +31,7 @@ __all__ = ["Rho", "Solve", "conjugate_gradients"]
 
 # residual, in units of the dtype's resolution of the first one, at which a system counts as solved
 _SOLVED = 32
+_ASK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Rho:
 
 
 def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, iterations: int, per_slice: bool
+    apply: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, iterations: int, per_slice: bool, tolerance: float = 0.0
 ) -> Tensor:
     """Conjugate gradients on a symmetric positive semidefinite system, in place.
 
@@ -76,15 +77,20 @@ def conjugate_gradients(
         apply: the matrix; its answer may be overwritten.
         x: start, becomes the solution.
         r: residual b - apply(x) at the start; overwritten.
-        iterations: how many; a slice that is solved to rounding stays where it is.
+        iterations: at most; a slice that is solved stays where it is, whatever its neighbours still need.
         per_slice: one step length for each slice (block-diagonal systems) instead of one for the volume.
+        tolerance: a slice is solved when its residual has fallen to this part of its first one.
     """
     p = r.clone()
     rr = ops.dot(r, r, per_slice)
     # below this the residual is rounding, and on a system with a null space further steps would amplify it
-    solved = rr * (_SOLVED * torch.finfo(r.dtype).eps) ** 2
-    for _ in range(iterations):
-        rr = ops.cg_step_(x, r, p, apply(p), torch.where(rr <= solved, 0.0, rr))
+    solved = rr * max(tolerance, _SOLVED * torch.finfo(r.dtype).eps) ** 2
+    for k in range(iterations):
+        rr = torch.where(rr <= solved, 0.0, rr)
+        # asking a GPU costs a wait, so it is asked now and then
+        if (r.device.type == "cpu" or k % _ASK_EVERY == _ASK_EVERY - 1) and not rr.any():
+            break
+        rr = ops.cg_step_(x, r, p, apply(p), rr)
     return x
 
 
@@ -93,7 +99,8 @@ class Solve:
     """The linear system above with fixed work per level.
 
     Attributes:
-        iterations: conjugate-gradient iterations; each costs one A and one A^T, and so does the start.
+        iterations: conjugate-gradient iterations at most; each costs one A and one A^T, and so does the start.
+        tolerance: a slice is left alone once its residual has fallen to this part of its first one; 0 runs them all.
         rho: proximal weight, or None for the Krylov form.
         tvz: total variation along z, or None.
         rho_z_rel: rho_z / ||A^T W A||.
@@ -111,11 +118,14 @@ class Solve:
     scalars: Literal["auto", "slice", "volume"] = "auto"
     on: On = "estimate"
     finish: Literal["none", "sirt"] = "none"
+    tolerance: float = 0.0
     _norm: float | None = None
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise ValueError(f"Solve: iterations must be at least 1, got {self.iterations}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"Solve: tolerance must be in [0, 1), got {self.tolerance}")
         if (self.tvz is None) != (self.rho_z_rel == 0):
             raise ValueError("Solve: give TVz and a positive rho_z_rel together, or neither")
 
@@ -143,7 +153,7 @@ class Solve:
         if self.tvz:
             _, pull = self.tvz.duals(x0, state)
             self.tvz.add_normal(r, x0, -rho_z).add_(pull, alpha=rho_z)
-        x = conjugate_gradients(apply, x0.clone(), r, self.iterations, self._per_slice(operator))
+        x = conjugate_gradients(apply, x0.clone(), r, self.iterations, self._per_slice(operator), self.tolerance)
         if self.tvz:
             self.tvz.update(x, state)
         if level.last and self.finish == "sirt":

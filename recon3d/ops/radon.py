@@ -56,7 +56,8 @@ def radon(
         ValueError: a shape, size or method that does not fit, or a source inside the image.
         TypeError: x is neither float32 nor float64.
 
-    Kernels: torch (any device), C++ (CPU), CUDA. A slice's result does not depend on its neighbours or on threads.
+    Kernels: torch (any device), C++ (CPU), CUDA ("joseph"; "shear" runs in torch there). A slice's result does not
+    depend on its neighbours or on threads.
 
     >>> from recon3d.geometry import ParallelBeam
     >>> radon(torch.ones(4, 4), ParallelBeam((0.0,), n_detector=4, detector_spacing_mm=0.5), (0.5, 0.5)).tolist()
@@ -66,9 +67,9 @@ def radon(
     _source_outside("radon", geometry, x.shape[-2], x.shape[-1], dy, dx)
     _library.ensure()
     angles, pitch, offset, sod, sdd = _scan(geometry)
-    out: Tensor = torch.ops.recon3d.radon(
-        x, angles, geometry.n_detector, pitch, offset, sod, sdd, dy, dx, _METHODS[method]
-    )
+    # no CUDA kernel of "shear": its definition runs there, on the device and differentiable as it stands
+    op = _reference if x.is_cuda and method == "shear" else torch.ops.recon3d.radon
+    out: Tensor = op(x, angles, geometry.n_detector, pitch, offset, sod, sdd, dy, dx, _METHODS[method])
     return out
 
 
@@ -95,7 +96,7 @@ def radon_adjoint(
         ValueError: a shape, size or method that does not fit, or a source inside the image.
         TypeError: y is neither float32 nor float64.
 
-    Kernels: torch (any device), C++ (CPU), CUDA.
+    Kernels: torch (any device), C++ (CPU), CUDA ("joseph"; "shear" runs in torch there).
 
     >>> from recon3d.geometry import ParallelBeam
     >>> scan = ParallelBeam((0.0,), n_detector=3, detector_spacing_mm=2.0)
@@ -114,7 +115,8 @@ def radon_adjoint(
     _source_outside("radon_adjoint", geometry, ny, nx, dy, dx)
     _library.ensure()
     angles, pitch, offset, sod, sdd = _scan(geometry)
-    out: Tensor = torch.ops.recon3d.radon_adjoint(y, angles, ny, nx, pitch, offset, sod, sdd, dy, dx, _METHODS[method])
+    op = _reference_adjoint if y.is_cuda and method == "shear" else torch.ops.recon3d.radon_adjoint
+    out: Tensor = op(y, angles, ny, nx, pitch, offset, sod, sdd, dy, dx, _METHODS[method])
     return out
 
 

@@ -84,7 +84,8 @@ class ConsistencySection(_Section):
     """How the data enter. With a regulariser, krylov and proximal_cg become ADMM."""
 
     kind: Literal["none", "krylov", "proximal_cg", "projection", "conditional"] = "proximal_cg"
-    iterations: int = Field(5, ge=1, le=10_000, description="conjugate-gradient iterations")
+    iterations: int = Field(5, ge=1, le=10_000, description="conjugate-gradient iterations, at most")
+    tolerance: float = Field(0.0, ge=0, lt=1, description="krylov and proximal_cg: a slice is solved at this relative residual")
     rho_rule: Literal["relative", "growing", "bayes", "absolute"] = Field(
         "relative",
         description="proximal_cg: rho ||A^T W A||; that times (sigma_ref/sigma)^2; rho/r^2 with 1/r^2 = 1/sigma^2 + "
