@@ -76,6 +76,7 @@ def reconstruct(
     accept_mismatch: bool = False,
     folder: str | Path | None = None,
     schedule: Schedule | None = None,
+    output: OutputConfig | None = None,
     force: bool = False,
     listeners: tuple[Listener, ...] = (),
     stop: Callable[[], bool] = lambda: False,
@@ -97,6 +98,7 @@ def reconstruct(
         accept_mismatch: use the prior on spacings and noise levels it was not trained on, with a warning.
         folder: keep checkpoints and outputs here; the same call goes on with an unfinished run.
         schedule: when the state is saved to the folder; by default every 5 levels or 20 seconds.
+        output: what is written to the folder; by default HU and a picture.
         force: discard what the folder holds, and start although memory looks short.
         listeners: called with every event of the run (recon3d.engine.events).
         stop: asked between slices; True ends the run with recon3d.engine.executor.Interrupted.
@@ -139,7 +141,7 @@ def reconstruct(
     run = None if folder is None else RunFolder(folder)
     text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, OutputConfig()
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
     )
 
 

@@ -77,7 +77,7 @@ class NoiseConfig(_Section):
     """How the measurement scatters; it sets the weights of the data term."""
 
     kind: Literal["auto", "none", "gaussian", "poisson"] = Field(
-        "auto", description="auto takes the file's weights, else its photons, else none"
+        "auto", description="auto takes the file's weights, its photons, or a spread read off the rays"
     )
     sigma: float | None = Field(None, gt=0, description="gaussian: standard deviation of a line integral")
     photons: float | None = Field(None, gt=0, description="poisson: mean count of a ray that meets no object")

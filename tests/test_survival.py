@@ -38,7 +38,7 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
 
 def test_signals_save_and_end_with_130(tmp_path):
     told = scenario("signals", tmp_path)
-    assert told["codes"].count(130) >= 2 and set(told["codes"]) <= {0, 130}
+    assert told["codes"] == [130, 130]
     assert max(told["delays"]) < 10
 
 
@@ -54,14 +54,14 @@ def test_batches_and_threads_give_one_volume(calm, batch_size, workers):
 
 
 class Poisoned:
-    """The Gaussian prior, with something done at one call."""
+    """The Gaussian prior, with something done at one call of the loop."""
 
     def __init__(self, inner, call, act):
         self.inner, self.call, self.act, self.count = inner, call, act, 0
         self.card, self.offset, self.scale = inner.card, inner.offset, inner.scale
 
     def denoise(self, u, sigma, cond=None):
-        self.count += 1
+        self.count += sigma != self.scale  # the plan asks at that level, the loop never does
         out = self.inner.denoise(u, sigma)
         return self.act(out) if self.count == self.call else out
 
@@ -79,15 +79,14 @@ def out_of_memory(out):
 
 def test_memory_that_runs_out_once_changes_nothing(calm, monkeypatch):
     events = []
-    poisoned(monkeypatch, 1 + 2 * GRID.shape[0], out_of_memory)
+    poisoned(monkeypatch, 2 * GRID.shape[0], out_of_memory)
     result = reconstruction(None, batch_size=4, workers=4, listeners=(events.append,))
     assert torch.equal(result.volume, calm)
     assert [e["batch_size"] for e in events if e["event"] == "out_of_memory"] == [2]
 
 
 def test_a_nan_stops_the_run_and_the_checkpoint_goes_on(calm, monkeypatch, tmp_path):
-    # one call is the plan's; then 6 slices a level
-    poisoned(monkeypatch, 1 + 4 * GRID.shape[0] + 3, lambda out: out * float("nan"))
+    poisoned(monkeypatch, 4 * GRID.shape[0] + 3, lambda out: out * float("nan"))
     with pytest.raises(NonFiniteError, match=r"slice \d is not finite after the prior at level 4"):
         reconstruction(tmp_path, schedule=Schedule(every_levels=1), workers=1)
     assert read_events(tmp_path / "events.jsonl")[-1]["event"] == "not_finite"

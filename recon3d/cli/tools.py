@@ -10,18 +10,27 @@ import typer
 
 def add_to(app: typer.Typer) -> None:
     """Register the verbs."""
-    for verb in (demo, train, metrics, simulate):
+    for verb in (demo, train, metrics, baseline, simulate):
         app.command()(verb)
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder; one folder per job goes in it.")],
     measured: Annotated[list[Path] | None, typer.Option("--measured", help="File of measured projections.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few slices of the chest only.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Reconstruct a chest from few noisy views, and measured projections where there are any."""
-    from recon3d.cli.demo import run
+    import warnings
 
-    run(output, measured or [])
+    from recon3d import demo as jobs
+    from recon3d.cli.progress import progress_bar
+    from recon3d.engine.memory import tame_allocator
+
+    tame_allocator()
+    with warnings.catch_warnings(), progress_bar(quiet) as listen:
+        warnings.simplefilter("ignore")  # they arrive as events
+        jobs.run(output, measured if measured is not None else jobs.default_measured(), typer.echo, listen, quick)
 
 
 def train(
@@ -66,6 +75,27 @@ def metrics(
         raise BadInput(volume, f"has shape {grid.shape}, {reference} {other.shape}", "resample one of them first")
     found = figures.compare(x, truth, grid, data_range, unit="hu" if unit == "hu" else "au")
     _show({volume.name: found}, json_)
+
+
+def baseline(
+    method: Annotated[str, typer.Argument(help="fbp, sirt or tv.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI volume to write.")],
+    input_: Annotated[Path | None, typer.Option("--input", "-i", help="Measured sinogram.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Job file; recipe and prior are ignored.")
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value, repeatable.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of sirt and tv.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Of tv, dimensionless.")] = None,
+) -> None:
+    """Reconstruct with a classical method, to compare with."""
+    from recon3d.cli import classical
+    from recon3d.config import load_config
+
+    job = load_config(config, set_ or (), {} if input_ is None else {"input.path": str(input_)})
+    given: dict[str, Any] = {"iterations": iterations, "strength": strength}
+    seconds = classical.run(method, job, output, {k: v for k, v in given.items() if v is not None})
+    typer.echo(f"{output}: {method} in {seconds:.1f} s")
 
 
 def simulate(

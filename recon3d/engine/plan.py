@@ -1,33 +1,27 @@
 """How much memory and time a job will take, told before anything the size of the volume is allocated.
 
 Memory is counted: the process as it stands (libraries, weights, the measurement), whole volumes and sinograms of the
-largest phase, and the activations of the slices in flight, which a probe of one pass measures. It does not depend on
-the number of levels. Time is an estimate: seconds of the probe times the number of prior and projector calls; other
-work on the machine changes it.
+largest phase, and the activations of the slices in flight, measured by denoising so many slices once. It does not
+depend on the number of levels. Time is an estimate: seconds of such a pass times the number of prior and projector
+calls; other work on the machine changes it.
 """
 
 from __future__ import annotations
 
 import time
-import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from recon3d.config import ComputeConfig
 from recon3d.engine.executor import Executor, usable_cores
-from recon3d.engine.memory import available_bytes, peak_above, resident_bytes
+from recon3d.engine.memory import available_bytes, peak_above, resident_bytes, trim
 
 if TYPE_CHECKING:
     from recon3d.engine.problem import Problem
 
-# heap in use over live tensors: buffers of convolutions and gaps. Measured 1.65 for the U-Net at 128 and 256 pixels
-_HEAP = 1.65
-_PROBE_SLICES = 4
 # volumes alive at once, see the loop: while the prior runs, u and x0; in the data term also x, r, p and A^T A p
 _PRIOR_VOLUMES, _DATA_VOLUMES = 2, 6
 _DUAL_VOLUMES = 2
@@ -108,7 +102,7 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True) -> Pla
     Args:
         problem: what is to be reconstructed; its measurement and prior are in memory already.
         compute: the machine's settings.
-        probe: run one pass over a few slices, which takes about one part in (levels x slices / cores) of the job.
+        probe: also time the prior and the projector; a second or two.
 
     Returns:
         The plan; `short_of_memory` says whether it fits.
@@ -116,16 +110,12 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True) -> Pla
     cuda = problem.device.type == "cuda"
     workers = compute.workers or usable_cores()
     batch = compute.batch_size or (8 if cuda else workers)
-    flight = batch if cuda else min(batch, workers, problem.grid.shape[0])
+    flight = min(batch if cuda else min(batch, workers), problem.grid.shape[0])
+    trim()  # what reading left behind is not the job's
     resident = resident_bytes()
     recipe = problem.recipe.resolved()
-    activation = _activation_bytes(problem)
-    activations = int(activation * flight * (1.0 if cuda else _HEAP))
-    seconds_by: dict[str, float] = {}
     levels = len(_levels(problem))
-    if probe:
-        measured, seconds_by = _probe(problem, compute, flight, workers, levels)
-        activations = max(activations, measured) if not cuda else activations
+    activations, seconds_by = _probe(problem, compute, flight, workers, probe, levels)
     voxel_bytes = 4 * problem.grid.shape[0] * problem.grid.shape[1] * problem.grid.shape[2]
     sinogram_bytes = 4 * problem.y.numel()
     duals = _DUAL_VOLUMES if recipe.regulariser.kind == "tvz" else 0
@@ -156,77 +146,38 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True) -> Pla
     )  # fmt: skip
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is active, and the most alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                key = storage._cdata
-                if key not in self._sizes:
-                    self._sizes[key] = storage.nbytes()
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._drop, key)
-        return out
-
-    def _drop(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-
-def _activation_bytes(problem: Problem) -> int:
-    """Most bytes of tensors alive while one slice is denoised, counted on a corner of it and scaled by area."""
-    ny, nx = problem.grid.slice_shape
-    rows, cols = min(ny, 64), min(nx, 64)
-    sigma = problem.prior.scale
-    try:
-        live = _count(problem, rows, cols, sigma)
-        return int(live * (ny * nx) / (rows * cols))
-    except (ValueError, RuntimeError):
-        # a prior that knows one size only
-        return _count(problem, ny, nx, sigma)
-
-
-def _count(problem: Problem, rows: int, cols: int, sigma: float) -> int:
-    counter = _Live()
-    with torch.no_grad():
-        u = torch.full((1, 1, rows, cols), problem.prior.offset, dtype=torch.float32, device=problem.device)
-        with counter:
-            problem.prior.denoise(u, sigma)
-    return counter.peak
-
-
 def _probe(
-    problem: Problem, compute: ComputeConfig, flight: int, workers: int, levels: int
+    problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, levels: int
 ) -> tuple[int, dict[str, float]]:
-    """Bytes of activations with `flight` slices at once, and estimated seconds by part."""
+    """Bytes of activations with `flight` slices at once and, when `timed`, estimated seconds by part."""
     nz, ny, nx = problem.grid.shape
-    sample = min(nz, max(flight, _PROBE_SLICES))
-    operator = problem.operator()
-    x = torch.full((sample, ny, nx), problem.prior.offset, dtype=torch.float32, device=problem.device)
+    device, sigma = problem.device, problem.prior.scale
+    x = torch.full((flight, ny, nx), problem.prior.offset, dtype=torch.float32, device=device)
+    views = list(range(flight))
     with Executor(compute.batch_size, workers) as executor:
-        views = list(range(sample))
-        with peak_above() as peak:
-            executor.denoise(problem.prior, _Rows(), x, views, problem.prior.scale)
-        first = executor.seconds
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            executor.denoise(problem.prior, _Rows(), x, views, sigma)
+            activations = torch.cuda.max_memory_allocated(device) - before
+        else:
+            with peak_above() as peak:
+                executor.denoise(problem.prior, _Rows(), x, views, sigma)
+            activations = peak[0]
+        if not timed:
+            return activations, {}
         executor.seconds = 0.0
-        executor.denoise(problem.prior, _Rows(), x, views, problem.prior.scale)  # the first call may compile
-        network = min(first, executor.seconds) / sample
+        executor.denoise(problem.prior, _Rows(), x, views, sigma)  # the first pass may have compiled or tuned
+        network = executor.seconds / flight
+    operator = problem.operator()
     operator.adjoint(operator(x))
     start = time.perf_counter()
     operator.adjoint(operator(x))
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    projector = (time.perf_counter() - start) / sample
+    projector = (time.perf_counter() - start) / flight
     calls = levels * (problem.recipe.resolved().consistency.iterations + 1)
-    return peak[0] if peak else 0, {"network": network * nz * levels, "projector": projector * nz * calls}
+    return activations, {"network": network * nz * levels, "projector": projector * nz * calls}
 
 
 class _Rows:

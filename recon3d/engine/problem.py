@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +17,7 @@ from recon3d.config import ConfigError, GridConfig, JobConfig, validate
 from recon3d.engine.events import Events
 from recon3d.engine.job import TimedCT
 from recon3d.geometry import GeometryWarning, ScanGeometry, VolumeGrid
-from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise
+from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise, estimate_noise
 from recon3d.priors.base import Prior, check_plane
 from recon3d.recipes.model import Recipe
 
@@ -26,42 +26,33 @@ if TYPE_CHECKING:
     from recon3d.io.measurement import Measurement
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A measurement with everything that decides its reconstruction.
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """A measurement and the volume it is to become.
 
     Attributes:
         y: line integrals, [slice, view, u] float32.
-        geometry: the scan.
+        geometry: how it was measured.
         grid: the volume.
-        recipe: the method.
-        prior: the denoiser, on `device`.
         noise: how y scatters; None when it is not known.
-        seed: of all random numbers.
         projector: "joseph" or "shear".
-        device: where the loop runs.
+        device: where the work is done.
         files: path to sha256 of what was read.
-        accept_mismatch: use the prior outside what it was trained on, with a warning.
     """
 
     y: Tensor
     geometry: ScanGeometry
     grid: VolumeGrid
-    recipe: Recipe
-    prior: Prior
     noise: NoiseModel | None = None
-    seed: int = 0
     projector: Literal["joseph", "shear"] = "joseph"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     files: Mapping[str, str] = field(default_factory=dict)
-    accept_mismatch: bool = False
 
     def check(self) -> list[str]:
         """Sentences about what a user should know before the result is believed.
 
         Raises:
-            ValueError: shapes disagree, the measurement holds NaN, or the prior was made for other slices and
-                `accept_mismatch` is not set.
+            ValueError: shapes disagree, or the measurement holds NaN.
         """
         expected = (self.grid.shape[0], self.geometry.n_views, self.geometry.n_detector)
         if tuple(self.y.shape) != expected:
@@ -74,15 +65,7 @@ class Problem:
         for k in range(expected[0]):
             if not bool(torch.isfinite(self.y[k]).all()):
                 raise ValueError(f"sinogram: slice {k} holds NaN or infinity; replace dead cells before reconstruction")
-        sentences = self.geometry.check(self.grid)
-        card = getattr(self.prior, "card", None)
-        if card is not None:
-            mismatches = [check_plane(card, "axial", self.grid.pixel_mm), self._check_sigma()]
-            for sentence in filter(None, mismatches):
-                if not self.accept_mismatch:
-                    raise ValueError(f"{sentence}; or set accept_mismatch")
-                sentences.append(sentence)
-        return sentences
+        return self.geometry.check(self.grid)
 
     def operator(self) -> TimedCT:
         """The scanner, with a clock."""
@@ -91,12 +74,53 @@ class Problem:
             return TimedCT(self.geometry, self.grid, self.projector, self.device)
 
     def weights(self, first: int = 0, end: int | None = None) -> Tensor | None:
-        """Inverse variances of y on its slices first .. end-1; None when the noise is not known."""
+        """Inverse variances of y on its slices first .. end-1, on the host; None when the noise is not known."""
         if self.noise is None:
             return None
         rows = slice(first, end)
         noise = GivenWeights(self.noise.values[rows]) if isinstance(self.noise, GivenWeights) else self.noise
         return noise.weights(self.y[rows])
+
+    def digests(self) -> dict[str, str]:
+        """Digests of what goes in: measurement, scan and grid."""
+        scan = json.dumps([type(self.geometry).__name__, asdict(self.geometry), asdict(self.grid)], sort_keys=True)
+        return {
+            "sinogram": hashlib.sha256(self.y.numpy().data).hexdigest(),
+            "scan": hashlib.sha256(scan.encode()).hexdigest(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem(Scan):
+    """A scan with everything that decides its reconstruction.
+
+    Attributes:
+        recipe: the method.
+        prior: the denoiser, on `device`.
+        seed: of all random numbers.
+        accept_mismatch: use the prior outside what it was trained on, with a warning.
+    """
+
+    recipe: Recipe
+    prior: Prior
+    seed: int = 0
+    accept_mismatch: bool = False
+
+    def check(self) -> list[str]:
+        """As Scan, and whether the prior was made for such slices.
+
+        Raises:
+            ValueError: as Scan; or the prior was made for others and `accept_mismatch` is not set.
+        """
+        sentences = super().check()
+        card = getattr(self.prior, "card", None)
+        if card is not None:
+            mismatches = [check_plane(card, "axial", self.grid.pixel_mm), self._check_sigma()]
+            for sentence in filter(None, mismatches):
+                if not self.accept_mismatch:
+                    raise ValueError(f"{sentence}; or set accept_mismatch")
+                sentences.append(sentence)
+        return sentences
 
     def job(self) -> loop.Job:
         """The loop's parts, ready to run on the device."""
@@ -113,14 +137,6 @@ class Problem:
             seed=self.seed,
         )
 
-    def digests(self) -> dict[str, str]:
-        """Digests of what goes in: measurement, scan and grid."""
-        scan = json.dumps([type(self.geometry).__name__, asdict(self.geometry), asdict(self.grid)], sort_keys=True)
-        return {
-            "sinogram": hashlib.sha256(self.y.numpy().data).hexdigest(),
-            "scan": hashlib.sha256(scan.encode()).hexdigest(),
-        }
-
     def prior_digest(self) -> str:
         """Digest of the prior: of its weights and card, or of its description when it has none."""
         card = getattr(self.prior, "card", None)
@@ -135,17 +151,18 @@ class Problem:
         return check_sigma(self.prior.card, max(sigmas), min(sigmas)) if sigmas else None
 
 
-def load_problem(config: JobConfig, events: Events) -> Problem:
-    """Read what a resolved job names.
+def load_scan(config: JobConfig, events: Events) -> Scan:
+    """Read the measurement that a job names, with the volume and the noise it asks for.
 
     Raises:
-        BadInput: the measurement or the prior cannot be used.
-        ConfigError: a setting does not fit the measurement.
+        BadInput: the measurement cannot be used.
+        ConfigError: a setting does not fit it, or none is named.
     """
     from recon3d.engine.checkpoint import sha256_file
     from recon3d.io import read_measurement
-    from recon3d.priors import find_prior, load_prior
 
+    if not config.input.path:
+        raise ConfigError("no measurement is given; name a file with -i or input.path")
     device = choose_device(config.compute.device)
     path = Path(config.input.path)
     measured = read_measurement(path, **config.input.options())
@@ -157,21 +174,36 @@ def load_problem(config: JobConfig, events: Events) -> Problem:
         if chosen > total:
             raise ConfigError(f"input.views: {chosen} asked for, {path} has {total}")
         measured = measured.views([k * total // chosen for k in range(chosen)])
-    folder = find_prior(config.prior)
-    files = {str(path): sha256_file(path)}
-    weights = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors")]
-    files |= {str(file): sha256_file(file) for file in weights}
-    return Problem(
+    return Scan(
         y=measured.sinogram.contiguous(),
         geometry=measured.geometry,
         grid=_grid(config.grid, measured),
-        recipe=validate(Recipe, config.recipe, "recipe"),
-        prior=load_prior(config.prior, device),
-        noise=_noise(config, measured),
-        seed=config.seed,
+        noise=_noise(config, measured, events),
         projector=config.projector,
         device=device,
-        files=files,
+        files={str(path): sha256_file(path)},
+    )
+
+
+def load_problem(config: JobConfig, events: Events) -> Problem:
+    """Read everything that a resolved job names.
+
+    Raises:
+        BadInput: the measurement or the prior cannot be used.
+        ConfigError: a setting does not fit the measurement.
+    """
+    from recon3d.engine.checkpoint import sha256_file
+    from recon3d.priors import find_prior, load_prior
+
+    folder = find_prior(config.prior)
+    scan = load_scan(config, events)
+    weights = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors")]
+    files = {**scan.files, **{str(file): sha256_file(file) for file in weights}}
+    return Problem(
+        **{**{f.name: getattr(scan, f.name) for f in fields(Scan)}, "files": files},
+        recipe=validate(Recipe, config.recipe, "recipe"),
+        prior=load_prior(config.prior, scan.device),
+        seed=config.seed,
         accept_mismatch=config.accept_mismatch,
     )
 
@@ -192,7 +224,7 @@ class GivenWeights:
         return clean + spread * GaussianNoise(1.0).simulate(torch.zeros_like(clean), seed)
 
 
-def _noise(config: JobConfig, measured: Measurement) -> NoiseModel | None:
+def _noise(config: JobConfig, measured: Measurement, events: Events) -> NoiseModel | None:
     noise = config.noise
     if noise.kind == "gaussian" and noise.sigma is not None:
         return GaussianNoise(noise.sigma)
@@ -202,7 +234,13 @@ def _noise(config: JobConfig, measured: Measurement) -> NoiseModel | None:
         return None
     if measured.weights is not None:
         return GivenWeights(measured.weights)
-    return None if measured.photons is None else PoissonNoise(measured.photons)
+    if measured.photons is not None:
+        return PoissonNoise(measured.photons)
+    found = estimate_noise(measured.sinogram)
+    events.emit(
+        "warning", message=f"noise: the file does not state it; a spread of {found.sigma:.3g} is read off the rays"
+    )
+    return found
 
 
 def _grid(wanted: GridConfig, measured: Measurement) -> VolumeGrid:
