@@ -40,9 +40,20 @@ def run(quick: bool, device: str = "cpu") -> list[Row]:
         ("noisy block mean of 4", alone, DataTerm("block_mean", small, sigma_y=0.1, factor=4)),
     ]
     rows: list[Row] = []
+    rows += _draw(f"{n} slices of {shape[1]}²", u, alone, quick, device)
     for name, key, third in cases[:2] if quick else cases:
         rows += _case(f"{n} slices of {shape[1]}², {name}", u, x0, third, key, quick, device)
     return rows
+
+
+def _draw(case: str, u: Tensor, key: NoiseKey, quick: bool, device: str) -> list[Row]:
+    draw = lambda: key.draw(u.shape[1:], u.dtype, u.device)  # noqa: E731
+    truth = key.draw(u.shape[1:], torch.float64, u.device)
+    return compare(
+        "renoise", case, "noise alone", draw, {"torch.randn": lambda: torch.randn_like(u)},
+        gates=[Gate("error", relative_error(draw(), truth), 3e-7)],
+        bytes_moved=u.nbytes, rounds=3 if quick else 7, device=device,
+    )  # fmt: skip
 
 
 def _case(

@@ -173,6 +173,44 @@ def test_total_noise_in_closed_form(kind, sigma_y, b):
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("sigma_y", [0.05, 0.2, 0.45, 2.0])
+def test_published_ddnm_plus(kind, sigma_y):
+    # the published step in its own coordinates, x_t = sqrt(abar_t) u, by the singular vectors of a dense H
+    rows, columns, eta, abar, abar_next = 4, 6, 0.85, 0.5, 0.7
+    f = 2 if kind == "block_mean" else 1
+    mask = torch.arange(rows * columns).reshape(rows, columns) % 3 == 0 if kind == "mask" else None
+    eye = torch.eye(rows * columns, dtype=torch.float64)
+    H = torch.nn.functional.avg_pool2d(eye.reshape(-1, 1, rows, columns), f).flatten(1).T
+    H = H[mask.flatten()] if mask is not None else H
+    g = torch.Generator().manual_seed(2)
+    x_t, x0, full = (torch.randn(1, rows, columns, generator=g, dtype=torch.float64) for _ in range(3))
+    y = H @ full.flatten()
+    key = noise.independent(1, seed=7)
+    z = key.draw((rows, columns), torch.float64).flatten()
+
+    U, S, Vt = torch.linalg.svd(H)
+    S = torch.cat([S, torch.zeros(rows * columns - len(S), dtype=torch.float64)])
+    a, level = math.sqrt(abar_next), math.sqrt(1 - abar_next)
+    seen = S > 0
+    s = torch.where(seen, S, torch.ones_like(S))
+    lam = torch.where(level >= a * sigma_y / s, 1.0, s * level * math.sqrt(1 - eta**2) / (a * sigma_y))
+    data = torch.zeros_like(S)
+    data[: len(y)] = U.T @ y
+    x = Vt @ x0.flatten()
+    corrected = torch.where(seen, x - lam / s * (S * x - data), x)
+    eps = Vt @ (x_t - math.sqrt(abar) * x0).flatten() / math.sqrt(1 - abar)
+    fresh = (level**2 - (a * sigma_y * lam / s) ** 2).clamp(min=0).sqrt()
+    null = level * (math.sqrt(1 - eta**2) * eps + eta * (Vt @ z))
+    want = Vt.T @ (a * corrected + torch.where(seen, fresh * (Vt @ z), null))
+
+    stored = full if kind != "block_mean" else y.reshape(1, rows // f, columns // f)
+    sigma, sigma_next = math.sqrt((1 - abar) / abar), math.sqrt((1 - abar_next) / abar_next)
+    term = DataTerm(kind, stored, sigma_y, mask, f)
+    got = renoise(x_t / math.sqrt(abar), x0, term, sigma, sigma_next, math.sqrt(1 - eta**2), eta, key)
+    assert (a * got.flatten() - want).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
 @pytest.mark.parametrize("sigma_y", [0.0, 0.2, 0.9])
 def test_total_noise_drawn(kind, sigma_y):
     f = 2 if kind == "block_mean" else 1
@@ -403,6 +441,7 @@ def test_triton_index_past_int32():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_op_and_graph(kind):
     u, x0, x0c = make(kind, (3, 61, 64), sigma_y=0.3 if kind != "given" else 0.0)
