@@ -58,6 +58,10 @@ SCANS = {
     "fan offset": FanBeam(equiangular(540, 2 * math.pi, 1.0), **FAN, detector_offset_mm=0.4),
     "fan short": FanBeam(equiangular(360, SHORT, 0.7), **FAN),
     "fan short backwards": FanBeam(equiangular(360, -SHORT, 0.7), **FAN),
+    "parallel displaced": ParallelBeam(equiangular(700, 2 * math.pi), 144, 1.0, detector_offset_mm=40.0),
+    "fan displaced": FanBeam(
+        equiangular(720, 2 * math.pi), 200, 1.6, -64.0, source_to_axis_mm=SOD, source_to_detector_mm=SDD
+    ),
     "fan between": FanBeam(equiangular(460, 0.5 * (SHORT + 2 * math.pi)), **FAN),
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recon3d.geometry import FanBeam, ParallelBeam
 from recon3d.ops import _library
-from recon3d.ops.ramp_filter import Window, ramp_filter
+from recon3d.ops.ramp_filter import Window, ramp_filter_beyond
 
 __all__ = ["fbp"]
 
@@ -63,7 +63,7 @@ def fbp(
         raise ValueError(f"fbp: shape needs at least one row and one column, got {tuple(shape)}")
     if not all(math.isfinite(p) and p > 0 for p in pixel_mm):
         raise ValueError(f"fbp: pixel_mm must be positive, got {tuple(pixel_mm)}")
-    q = ramp_filter(y, geometry, window, cutoff)
+    q, geometry = ramp_filter_beyond(y, geometry, window, cutoff)
     _library.ensure()
     source = (0.0, 0.0)
     if isinstance(geometry, FanBeam):

@@ -7,17 +7,20 @@ ramp        band-limited, sampled in space: h(0) = 1/(4 t^2), h(odd k) = -1/(pi 
 dview       the angle each view stands for, from the gaps to its neighbours: a half turn (parallel) or a full turn (fan)
             in total. Equal angles share theirs. A gap much wider than the others is missing data, not a wide view.
 cosine      fan: SDD / sqrt(SDD^2 + u^2).
-redundancy  fan: a ray and its reverse must count once together. One half on a full turn; Parker's smooth weights on
-            an arc from a half turn plus the fan angle on; below that 1 for rays measured once (Noo's weights).
+redundancy  a ray and its reverse must count once together. One half on a full turn, or, where the detector reaches
+            further on one side of the axis, weights that rise from 0 to 1 across what both sides see. Fan: Parker's
+            smooth weights on an arc from a half turn plus the fan angle on; below that 1 for rays measured once
+            (Noo's weights).
 
 Sources: Kak and Slaney, Principles of Computerized Tomographic Imaging, eq. 61 and section 3.4; Parker, Med. Phys. 9
 (1982) 254; Silver, Med. Phys. 27 (2000) 773 for arcs longer than the minimum; Noo et al., Phys. Med. Biol. 47 (2002)
-2525.
+2525; Wang, Med. Phys. 29 (2002) 1634 for the displaced detector.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -33,6 +36,7 @@ Window = Literal["ram-lak", "shepp-logan", "cosine", "hann"]
 _Array = NDArray[np.float64]
 
 _MISSING = 2.5  # a gap this many times the next widest is missing data; golden-angle gaps differ by 1.62 at most
+_DISPLACED = 1.1  # one side reaching this much further is meant to see alone; below, the axis is merely off centre
 _NOO_TAPER_RAD = math.radians(10.0)  # as in the paper
 
 
@@ -59,6 +63,34 @@ def ramp_filter(y: Tensor, geometry: ParallelBeam | FanBeam, window: Window = "r
     >>> ramp_filter(torch.ones(3, 8), beam).shape
     torch.Size([3, 8])
     """
+    _check(y, geometry, window, cutoff)
+    return _filtered(y, geometry, window, cutoff, (0, 0))
+
+
+def ramp_filter_beyond(
+    y: Tensor, geometry: ParallelBeam | FanBeam, window: Window, cutoff: float
+) -> tuple[Tensor, ParallelBeam | FanBeam]:
+    """As ramp_filter; for a displaced detector also where it has no cells, which the reverse views reach.
+
+    Returns:
+        The filtered views and the geometry of their cells.
+    """
+    _check(y, geometry, window, cutoff)
+    u = geometry.detector_mm()
+    full = isinstance(geometry, FanBeam) or geometry.n_views > 2
+    if not (full and _displaced(u) and not _gaps(geometry.angles, 2 * math.pi)[3]):
+        return _filtered(y, geometry, window, cutoff, (0, 0)), geometry
+    blind = round(abs(float(u[0] + u[-1])) / geometry.detector_spacing_mm)
+    left, right = (blind, 0) if -u[0] < u[-1] else (0, blind)
+    wider = replace(
+        geometry,
+        n_detector=geometry.n_detector + blind,
+        detector_offset_mm=geometry.detector_offset_mm + (right - left) * geometry.detector_spacing_mm / 2,
+    )
+    return _filtered(y, geometry, window, cutoff, (left, right)), wider
+
+
+def _check(y: Tensor, geometry: ParallelBeam | FanBeam, window: str, cutoff: float) -> None:
     if y.ndim < 2 or tuple(y.shape[-2:]) != (geometry.n_views, geometry.n_detector):
         expected = f"[..., {geometry.n_views}, {geometry.n_detector}]"
         raise ValueError(f"ramp_filter: y must be {expected} as the geometry says, got {tuple(y.shape)}")
@@ -69,6 +101,10 @@ def ramp_filter(y: Tensor, geometry: ParallelBeam | FanBeam, window: Window = "r
     if not 0 < cutoff <= 1:
         raise ValueError(f"ramp_filter: cutoff must be in (0, 1] of the Nyquist frequency, got {cutoff}")
 
+
+def _filtered(
+    y: Tensor, geometry: ParallelBeam | FanBeam, window: Window, cutoff: float, beyond: tuple[int, int]
+) -> Tensor:
     angles = geometry.angles
     n, cell_mm = geometry.n_detector, geometry.detector_spacing_mm
     if isinstance(geometry, FanBeam):
@@ -76,9 +112,14 @@ def ramp_filter(y: Tensor, geometry: ParallelBeam | FanBeam, window: Window = "r
         y = y * _like(np.cos(gamma) * _redundancy(angles, gamma), y)
         cell_mm /= geometry.magnification
         dview = _angular_widths(angles, 2 * math.pi)
+    elif len(angles) > 2 and not _gaps(angles, 2 * math.pi)[3]:  # a full turn
+        y = y * _like(_shared_sides(geometry.detector_mm()), y)
+        dview = _angular_widths(angles, 2 * math.pi)
     else:
         dview = _angular_widths(angles, math.pi)
 
+    y = torch.nn.functional.pad(y, beyond)
+    n += sum(beyond)
     if y.numel() == 0:  # MKL refuses to transform nothing
         return torch.zeros_like(y)
     length = 1 << (2 * n - 1).bit_length()  # at least 2 n: the convolution never wraps
@@ -131,10 +172,10 @@ def _angular_widths(angles: _Array, period: float) -> _Array:
 
 
 def _redundancy(angles: _Array, gamma: _Array) -> _Array:
-    """Fan: weight of each ray, [view, u] or [1, 1]; it and its reverse (a + pi + 2 gamma, -gamma) add to one."""
+    """Fan: weight of each ray, [view, u] or [1, u]; it and its reverse (a + pi + 2 gamma, -gamma) add to one."""
     order, gaps, typical, missing = _gaps(angles, 2 * math.pi)
     if not missing:
-        return np.full((1, 1), 0.5)
+        return _shared_sides(np.tan(gamma))[None]
     widest = int(np.argmax(gaps))
     start = angles[order[(widest + 1) % len(order)]]
     arc = 2 * math.pi - gaps[widest] + typical  # every view stands for half a gap on either side
@@ -153,6 +194,20 @@ def _redundancy(angles: _Array, gamma: _Array) -> _Array:
 
     own, reverse = trust(beta), trust(np.mod(beta + math.pi + 2 * gamma, 2 * math.pi))
     return np.asarray(own / (own + reverse))
+
+
+def _shared_sides(u: _Array) -> _Array:
+    """Full turn: weight of each cell at u from the axis, w(u) + w(-u) = 1; 1 where only one side sees."""
+    if not _displaced(u):
+        return np.full_like(u, 0.5)
+    both = max(min(-float(u[0]), float(u[-1])), float(u[1] - u[0]))
+    rise = np.sin(math.pi / 2 * np.clip(u / both, -1, 1))
+    return np.asarray((1 + math.copysign(1, float(u[0] + u[-1])) * rise) / 2)
+
+
+def _displaced(u: _Array) -> bool:
+    left, right = -float(u[0]), float(u[-1])
+    return len(u) > 1 and max(left, right) > _DISPLACED * min(left, right)
 
 
 def _like(values: _Array, y: Tensor) -> Tensor:
