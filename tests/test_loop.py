@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from recon3d.consistency import Identity, Projection, Rho, Solve, conjugate_grad
 from recon3d.engine.assemble import assemble
 from recon3d.engine.executor import NonFiniteError, check_finite
 from recon3d.engine.loop import Job, begin, reconstruct, run
+from recon3d.geometry import ParallelBeam, VolumeGrid
+from recon3d.operators.ct import CTOperator
 from recon3d.planes import Axial
 from recon3d.recipes import load_recipe, recipe_names
 from recon3d.regularisers import TVz
@@ -149,6 +152,47 @@ def test_proximal_solution_is_the_closed_form():
     matrix = a.T @ (weights[0, 0][:, None] * a) + rho * torch.eye(ROWS * COLUMNS, dtype=torch.float64)
     want = torch.linalg.solve(matrix, ((weights * y)[:, 0] @ a).T).T.reshape(x.shape)
     assert (got - want).norm() < 1e-9 * want.norm()
+
+
+def ct_scanner(depth=3):
+    beam = ParallelBeam(tuple(math.pi * (k + 0.5) / 12 for k in range(12)), 41, 1.0)
+    return CTOperator(beam, VolumeGrid((depth, 28, 27), (2.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_preconditioner_reaches_the_same_solution_sooner(uniform):
+    operator = ct_scanner()
+    generator = torch.Generator().manual_seed(2)
+    y = torch.randn(operator.range.shape, generator=generator, dtype=torch.float64)
+    weights = torch.ones(1, 1, 1, dtype=torch.float64)
+    if not uniform:   # rays through the middle are dark, as in a patient
+        u = torch.linspace(-1, 1, 41, dtype=torch.float64)
+        weights = (3 * u**2).exp().expand(operator.range.shape).contiguous()
+    x0 = torch.randn(operator.domain.shape, generator=generator, dtype=torch.float64)
+    level = descend([0.3])[0]
+
+    def solve(iterations, precondition):
+        part = Solve(iterations, rho=Rho("bayes", 1.0), weights=weights, precondition=precondition)
+        return part.step(x0, y, operator, level, {})
+
+    exact = solve(400, False)
+    gap = {(n, p): (solve(n, p) - exact).norm() / (exact - x0).norm() for n in (5, 10, 200) for p in (False, True)}
+    assert gap[200, True] < 1e-9
+    assert gap[5, True] < 0.6 * gap[5, False] and gap[10, True] < 0.5 * gap[10, False], gap
+    with pytest.raises(ValueError, match="null space"):
+        Solve(5, precondition=True)
+
+
+def test_preconditioned_slices_are_independent():
+    """The probes are shared, so a slice depends on its own data and weights and nothing else."""
+    operator = ct_scanner()
+    y = torch.randn(operator.range.shape, generator=torch.Generator().manual_seed(2))
+    x0 = torch.zeros(operator.domain.shape)
+    part = Solve(5, rho=Rho("bayes", 1.0), weights=torch.ones(1, 1, 1), precondition=True)
+    a = part.step(x0, y, operator, descend([0.3])[0], {})
+    y[0] *= 2
+    b = part.step(x0, y, operator, descend([0.3])[0], {})
+    assert torch.equal(a[1:], b[1:]) and not torch.equal(a[0], b[0])
 
 
 def test_krylov_leaves_the_null_space_to_the_prior():

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from recon3d import ops
 from recon3d.consistency.base import On
+from recon3d.consistency.precondition import FilterPreconditioner
 from recon3d.operators.base import LinearOperator
 from recon3d.regularisers.tvz import TVz
 from recon3d.trajectory import Level
@@ -108,6 +109,7 @@ class Solve:
         scalars: "auto" takes per-slice step lengths where neither the scanner nor TV couples slices.
         on: correct the estimate or, as published in DiffusionMBIR, the noisy iterate.
         finish: "sirt" adds one Kaczmarz/SIRT step x += A^T (y - A x) / A^T A 1 after the last level.
+        precondition: solve with the tomographic filter; for proximal forms only, since it moves the null space.
     """
 
     iterations: int = 5
@@ -119,7 +121,9 @@ class Solve:
     on: On = "estimate"
     finish: Literal["none", "sirt"] = "none"
     tolerance: float = 0.0
+    precondition: bool = False
     _norm: float | None = None
+    _filter: FilterPreconditioner | None = None
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
@@ -128,6 +132,8 @@ class Solve:
             raise ValueError(f"Solve: tolerance must be in [0, 1), got {self.tolerance}")
         if (self.tvz is None) != (self.rho_z_rel == 0):
             raise ValueError("Solve: give TVz and a positive rho_z_rel together, or neither")
+        if self.precondition and (self.rho is None or self.rho.value == 0):
+            raise ValueError("Solve: the preconditioner needs rho > 0; the Krylov form would lose the null space")
 
     def step(
         self, x0: Tensor, y: Tensor, operator: LinearOperator, level: Level, state: MutableMapping[str, Tensor]
@@ -153,12 +159,37 @@ class Solve:
         if self.tvz:
             _, pull = self.tvz.duals(x0, state)
             self.tvz.add_normal(r, x0, -rho_z).add_(pull, alpha=rho_z)
-        x = conjugate_gradients(apply, x0.clone(), r, self.iterations, self._per_slice(operator), self.tolerance)
+        x = self._solved(apply, x0, r, rho, y, operator)
         if self.tvz:
             self.tvz.update(x, state)
         if level.last and self.finish == "sirt":
             x += _sirt(x, y, operator)
         return x
+
+    def _solved(
+        self,
+        apply: Callable[[Tensor], Tensor],
+        x0: Tensor,
+        r: Tensor,
+        rho: float,
+        y: Tensor,
+        operator: LinearOperator,
+    ) -> Tensor:
+        per_slice = self._per_slice(operator)
+        if not self.precondition:
+            return conjugate_gradients(apply, x0.clone(), r, self.iterations, per_slice, self.tolerance)
+        if self._filter is None:
+            self._filter = FilterPreconditioner.of(operator, self.weights, y)
+        s = self._filter
+        d = conjugate_gradients(
+            lambda p: s.transpose(apply(s.apply(p, rho)), rho),
+            torch.zeros_like(x0),
+            s.transpose(r, rho),
+            self.iterations,
+            per_slice,
+            self.tolerance,
+        )
+        return s.apply(d, rho).add_(x0)
 
     def _per_slice(self, operator: LinearOperator) -> bool:
         if self.scalars == "auto":

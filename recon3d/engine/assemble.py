@@ -105,7 +105,18 @@ def _consistency(
     if r.kind == "tvz":
         factor = r.reference_mm / spacing_mm if r.reference_mm else 1.0
         tvz = TVz(r.threshold * scale, factor, r.boundary == "periodic")
-    return Solve(c.iterations, rho, tvz, r.rho if tvz else 0.0, weights, c.scalars, c.on, c.finish, c.tolerance)
+    return Solve(
+        c.iterations,
+        rho,
+        tvz,
+        r.rho if tvz else 0.0,
+        weights,
+        c.scalars,
+        c.on,
+        c.finish,
+        c.tolerance,
+        c.precondition == "filter",
+    )
 
 
 def _renoise(recipe: Recipe, scale: float) -> Renoise:

@@ -85,7 +85,7 @@ class ConsistencySection(_Section):
 
     kind: Literal["none", "krylov", "proximal_cg", "projection", "conditional"] = "proximal_cg"
     iterations: int = Field(5, ge=1, le=10_000, description="conjugate-gradient iterations, at most")
-    tolerance: float = Field(0.0, ge=0, lt=1, description="krylov and proximal_cg: a slice is solved at this relative residual")
+    tolerance: float = Field(0.0, ge=0, lt=1, description="a slice is solved at this relative residual")
     rho_rule: Literal["relative", "growing", "bayes", "absolute"] = Field(
         "relative",
         description="proximal_cg: rho ||A^T W A||; that times (sigma_ref/sigma)^2; rho/r^2 with 1/r^2 = 1/sigma^2 + "
@@ -107,6 +107,9 @@ class ConsistencySection(_Section):
         "estimate", description="correct x0, or the noisy state after renoising"
     )
     finish: Literal["none", "sirt"] = Field("none", description="one SIRT step after the last level")
+    precondition: Literal["none", "filter"] = Field(
+        "none", description="proximal_cg: solve with a tomographic filter, 5 iterations for 20"
+    )
 
 
 class RegulariserSection(_Section):
@@ -196,6 +199,8 @@ class Recipe(_Section):
             raise ValueError(
                 f"regulariser tvz needs consistency krylov or proximal_cg, got {self.consistency.kind}"
             )
+        if self.consistency.precondition != "none" and self.consistency.kind != "proximal_cg":
+            raise ValueError(f"precondition filter needs consistency proximal_cg, got {self.consistency.kind}")
         if self.claims == "posterior_sample" and self.noise.kind != "independent":
             raise ValueError(
                 "a posterior sample needs independent noise; noise correlated along z changes the law"
