@@ -217,6 +217,16 @@ def test_gradient(scan):
     assert torch.autograd.gradcheck(lambda y: fbp(y, scan, (5, 4), (20.0, 30.0)), y)
 
 
+def test_operator_contract():
+    """Schema, fake and autograd as torch.compile needs them, of the back projection and its transpose."""
+    lengths = (15.0, 0.5, SOD, SDD, 20.0, 30.0)
+    angles = torch.tensor(TINY["angles_rad"], dtype=torch.float64)
+    q = torch.randn(2, 4, 9, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.recon3d.fbp_back_project.default, (q, angles, 5, 4, *lengths))
+    torch.library.opcheck(torch.ops.recon3d.fbp_transpose.default, (x, angles, 9, *lengths))
+
+
 def test_bad_input():
     beam = ParallelBeam((0.0, 1.0), 8, 1.0)
     with pytest.raises(ValueError, match=r"ramp_filter: y must be \[\.\.\., 2, 8\].*got \(8, 2\)"):

@@ -114,30 +114,49 @@ def _reference(q: Tensor, angles: Tensor, ny: int, nx: int, *lengths: float) -> 
     return torch.cat(parts) if parts else q.new_zeros(0, ny, nx)
 
 
+def _reference_transpose(image: Tensor, angles: Tensor, n: int, *lengths: float) -> Tensor:
+    # only gradients need it, so torch must do; on a GPU its sums come in any order
+    slices, ny, nx = image.shape
+    flat = image.reshape(slices, -1).T
+    q = image.new_zeros(len(angles), n + 2 * _PAD, slices)
+    for view, angle in enumerate(angles.tolist()):
+        cell, weight, scale = _cells(angle, n, ny, nx, lengths, image)
+        value = flat if scale is None else flat * scale
+        q[view].index_add_(0, cell, value * (1 - weight)).index_add_(0, cell + 1, value * weight)
+    return q[:, _PAD:-_PAD].permute(2, 0, 1).contiguous()
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, angles, ctx.ny, ctx.nx, *ctx.lengths = inputs
+    data, angles, *ctx.rest = inputs
     ctx.save_for_backward(angles)
-    ctx.n = q.shape[2]
+    ctx.size = data.shape[1:]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # the transpose, in torch: on a GPU its sums are unordered, which no reconstruction loop relies on
     (angles,) = ctx.saved_tensors
-    flat = grad.reshape(len(grad), -1).T
-    back = grad.new_zeros(len(angles), ctx.n + 2 * _PAD, len(grad))
-    for view, angle in enumerate(angles.tolist()):
-        cell, weight, scale = _cells(angle, ctx.n, ctx.ny, ctx.nx, tuple(ctx.lengths), grad)
-        value = flat if scale is None else flat * scale
-        back[view].index_add_(0, cell, value * (1 - weight)).index_add_(0, cell + 1, value * weight)
-    return (back[:, _PAD:-_PAD].permute(2, 0, 1).contiguous(), *[None] * 9)
+    back = torch.ops.recon3d.fbp_transpose(grad, angles, ctx.size[1], *ctx.rest[2:])
+    return (back, *[None] * 9)
+
+
+def _backward_transpose(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (angles,) = ctx.saved_tensors
+    back = torch.ops.recon3d.fbp_back_project(grad, angles, *ctx.size, *ctx.rest[1:])
+    return (back, *[None] * 8)
 
 
 # angles live on the host whatever q's device; source_to_axis = 0 means a parallel beam; lengths in mm
+_LENGTHS = "float pitch, float offset, float source_to_axis, float source_to_detector, float dy, float dx"
 _library.define(
-    "fbp_back_project(Tensor q, Tensor angles, int ny, int nx, float pitch, float offset, float source_to_axis, "
-    "float source_to_detector, float dy, float dx) -> Tensor",
+    f"fbp_back_project(Tensor q, Tensor angles, int ny, int nx, {_LENGTHS}) -> Tensor",
     _reference,
     lambda q, angles, ny, nx, *lengths: q.new_empty(q.shape[0], ny, nx),
     backward=_backward,
+    setup_context=_setup,
+)
+_library.define(
+    f"fbp_transpose(Tensor image, Tensor angles, int n, {_LENGTHS}) -> Tensor",
+    _reference_transpose,
+    lambda image, angles, n, *lengths: image.new_empty(image.shape[0], angles.shape[0], n),
+    backward=_backward_transpose,
     setup_context=_setup,
 )
