@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from recon3d.kernels.aot import Variant
+from torch import Tensor
 
 DIFF, ADJOINT, NORMAL = 0, 1, 2
 
@@ -23,7 +22,7 @@ def tvz_stencil_kernel(
     out_ptr,
     slices,
     pixels,
-    scale: "fp64",
+    scale: tl.float64,
     KIND: tl.constexpr,
     ADD: tl.constexpr,
     PERIODIC: tl.constexpr,
@@ -74,8 +73,8 @@ def tvz_update_kernel(
     g_ptr,
     slices,
     pixels,
-    threshold: "fp64",
-    scale: "fp64",
+    threshold: tl.float64,
+    scale: tl.float64,
     HAS_Z: tl.constexpr,
     PERIODIC: tl.constexpr,
     SLICES: tl.constexpr,
@@ -157,12 +156,12 @@ VARIANTS = [
             f"{name}-{dtype}",
             tvz_stencil_kernel,
             {"x_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **_SIZES, "scale": "fp64"},
-            {"KIND": kind, "ADD": add, "PERIODIC": False, "BLOCK": 1024},
+            {"KIND": kind, "ADD": bool(add), "PERIODIC": False, "BLOCK": 1024},
             aligned=("x_ptr", "out_ptr", "pixels"),
             load_bits=128,
             store_bits=128,
         )
-        for name, kind, add in (("diff", 0, False), ("adjoint", 1, False), ("normal", 2, False), ("add-normal", 2, True))
+        for name, kind, add in (("diff", 0, 0), ("adjoint", 1, 0), ("normal", 2, 0), ("add-normal", 2, 1))
         for dtype in ("fp32", "fp64")
     ),
     *(

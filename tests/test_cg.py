@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from laws import check_close_to_float64, check_threads
+from laws import check_close_to_float64, check_threads, guarded
 
 from recon3d.ops import _library, cg, cg_step_, dot
 
@@ -165,6 +165,52 @@ def test_threads(per_slice):
         return torch.cat([v.flatten().double() for v in (*vectors, rz)])
 
     check_threads(run)
+
+
+@pytest.mark.parametrize("per_slice", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_interpreted(per_slice, dtype):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: test_cuda runs the kernels themselves")
+    from recon3d.kernels import cg as kernels
+
+    for frozen in (False, True):
+        vectors = [randn(3, 7, 19, seed=s, dtype=dtype) for s in range(4)]
+        vectors[3] = 1.5 * vectors[2] + 0.1 * vectors[3]
+        if frozen:
+            vectors[3][1] *= -1
+        rz = dot(vectors[1], vectors[1], per_slice)
+        own, truth = [v.clone() for v in vectors], [v.double() for v in vectors]
+        outputs = [guarded(3, 7, 19, dtype=dtype) for _ in range(3)]
+        for (out, _), v in zip(outputs, vectors, strict=False):
+            out.copy_(v)
+        rz_new = kernels.step(*(o for o, _ in outputs), vectors[3], rz, chunk=64, block=32)
+        own_rz, true_rz = cg._reference(*own, rz.clone()), cg._reference(*truth, rz.clone())
+        for (out, check), a, b in zip(outputs, own, truth, strict=False):
+            check()
+            check_close_to_float64(out, a, b)
+        assert rz_new.shape == rz.shape and rz_new.dtype == torch.float64
+        assert (rz_new - true_rz).abs().le(40 * torch.finfo(dtype).eps * true_rz).all()
+        assert not (frozen and per_slice) or (rz_new[1] == 0 and own_rz[1] == 0)
+
+
+@pytest.mark.gpu
+def test_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    for per_slice in (False, True):
+        vectors = [randn(5, 61, 530, seed=s, dtype=torch.float32) for s in range(4)]
+        vectors[3] = 1.5 * vectors[2] + 0.1 * vectors[3]
+        rz = dot(vectors[1], vectors[1], per_slice)
+        on_gpu = [v.cuda() for v in vectors]
+        own, truth = [v.clone() for v in vectors], [v.double() for v in vectors]
+        rz_new = cg_step_(*on_gpu, rz.cuda())
+        cg._reference(*own, rz.clone())
+        true_rz = cg._reference(*truth, rz.clone())
+        for out, a, b in zip(on_gpu, own, truth, strict=True):
+            check_close_to_float64(out.cpu(), a, b)
+        assert (rz_new.cpu() - true_rz).abs().le(1e-5 * true_rz).all()
 
 
 def test_opcheck():

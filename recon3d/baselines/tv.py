@@ -34,7 +34,7 @@ _NORM_SLACK = 1.02
 def tv3d(
     y: Tensor,
     operator: LinearOperator,
-    strength: float = 1e-4,
+    strength: float = 3e-4,
     iterations: int = 200,
     weights: Tensor | None = None,
     nonnegative: bool = True,
@@ -145,7 +145,7 @@ def tune(
     reference: Tensor,
     strengths: Sequence[float] = tuple(10 ** (-5 + k / 4) for k in range(13)),
     score: Callable[[Tensor], float] | None = None,
-    start: float = 1e-4,
+    start: float = 3e-4,
 ) -> Tuned:
     """Pick a rival's strength with the truth in hand, which favours the rival.
 

@@ -12,6 +12,7 @@ chunks, so no thread count changes a bit.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -167,3 +168,13 @@ def _fake(x: Tensor, r: Tensor, p: Tensor, q: Tensor, rz: Tensor) -> Any:
 
 
 _library.define("cg_step_(Tensor(a!) x, Tensor(b!) r, Tensor(c!) p, Tensor q, Tensor rz) -> Tensor", _reference, _fake)
+
+
+def _cuda(x: Tensor, r: Tensor, p: Tensor, q: Tensor, rz: Tensor) -> Tensor:
+    from recon3d.kernels import cg as kernels
+
+    return kernels.step(x, r, p, q, rz)
+
+
+if importlib.util.find_spec("triton") is not None:
+    _library.register_cuda("cg_step_", _cuda)
