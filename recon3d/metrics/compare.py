@@ -55,7 +55,7 @@ def compare(
         raise ValueError(f"compare: volume {x.shape}, reference {r.shape} and grid {grid.shape} must have one shape")
     inside = None if mask is None else _mask(mask, x.shape)
     if unit not in ("per_mm", "hu", "au"):
-        raise ValueError(f"compare: unit must be '1/mm', 'hu' or 'au', got {unit!r}")
+        raise ValueError(f"compare: unit must be 'per_mm', 'hu' or 'au', got {unit!r}")
     if unit == "per_mm":
         x, r = (x / mu_water_per_mm - 1) * 1000, (r / mu_water_per_mm - 1) * 1000
     if unit != "au" and window is None and data_range is None:

@@ -9,7 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from recon3d.ops import dot
+from recon3d.ops.dot import dot
 
 Coupling = Literal["slice", "volume"]
 
