@@ -47,7 +47,8 @@ CASES = [
     (2**63, 1, 2, [9, 9], 61 * 53),
     (12345, 17, 0, [], 5),
     (12345, 17, 0, [1, 2], 0),
-    (99, 3, 1, list(range(5)), 4099),
+    (99, 3, 1, list(range(3)), 8199),
+    (99, 3, 1, list(range(18)), 5),
 ]
 
 
@@ -126,7 +127,7 @@ def test_triton_agrees(seed, level, stream, slices, pixels):
     got = kernels.philox_bits(index.to(device), pixels, key, level, stream, block=1024)
     assert torch.equal(got.cpu(), philox._bits_reference(index, pixels, seed, level, stream))
     anchors = torch.stack([index, index.roll(1)], 1)
-    coefficients = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, -1.0]]).repeat(2, 1)[: len(index)].contiguous()
+    coefficients = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, -1.0]]).repeat(6, 1)[: len(index)].contiguous()
     arguments = (anchors, coefficients, pixels, key, level, stream)
     truth = philox._normal_reference(*arguments, True)
     for wide in (False, True):

@@ -12,7 +12,8 @@ from recon3d.ops import DataTerm, renoise
 from recon3d.ops.renoise import _reference, weights
 
 SIGMA, NEXT, A, B = 0.8, 0.5, 0.6, 0.8
-SHAPES = [(1, 1, 1), (3, 2, 7), (2, 61, 53), (5, 48, 64), (2, 3, 8, 6), (0, 4, 4), (2, 0, 5)]
+# the CPU kernel works in tiles of 8192 pixels and stacks of 16 slices
+SHAPES = [(1, 1, 1), (3, 2, 7), (2, 61, 53), (1, 97, 101), (18, 5, 8), (2, 3, 8, 6), (0, 4, 4), (2, 0, 5)]
 KINDS = ["given", "identity", "mask", "block_mean"]
 
 

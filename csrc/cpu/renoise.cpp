@@ -9,7 +9,7 @@
 namespace recon3d {
 namespace {
 
-constexpr int64_t kTile = 2048;  // pixels; three buffers of it stay in the L1/L2 cache
+constexpr int64_t kTile = 8192;  // pixels; 2048 restarts the prefetcher too often (7 % slower), three buffers fit in L2
 constexpr int64_t kStack = 16;   // slices of one task: neighbours in correlated noise share anchors, drawn once a task
 constexpr int64_t kVector = 16;  // draws are rounded up to it, so that every block takes the same vector path
 
