@@ -107,6 +107,36 @@ def test_threads():
     check_threads(run)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 4), (4, 6, 1), (3, 5, 19)], ids=str)
+def test_triton_interpreted(shape, dtype):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: the kernels run compiled")
+    from recon3d.kernels import tv3d as kernels
+
+    p0, x0, g = randn(3, *shape, dtype=dtype), randn(*shape, seed=1, dtype=dtype), randn(*shape, seed=2, dtype=dtype)
+    (p, check_p), (x, check_x), (bar, check_bar) = (guarded(*s, dtype=dtype) for s in ((3, *shape), shape, shape))
+    p.copy_(p0)
+    kernels.dual(p, x0, 0.3, 0.8, *FACTORS, block=64)
+    own, truth = p0.clone(), p0.double()
+    tv3d._dual(own, x0, 0.3, 0.8, *FACTORS)
+    tv3d._dual(truth, x0.double(), 0.3, 0.8, *FACTORS)
+    check_p()
+    check_close_to_float64(p, own, truth, "dual")
+    for nonnegative in (False, True):
+        x.copy_(x0)
+        kernels.primal(x, bar, p0, g, 0.2, *FACTORS, nonnegative, block=64)
+        for check in (check_x, check_bar):
+            check()
+        results = []
+        for to in (dtype, torch.float64):
+            results.append((x0.to(to, copy=True), torch.empty(shape, dtype=to)))
+            tv3d._primal(*results[-1], p0.to(to), g.to(to), 0.2, *FACTORS, nonnegative)
+        for name, a, b, c in zip(("x", "xbar"), (x, bar), *results, strict=True):
+            check_close_to_float64(a, b, c, name)
+
+
 def test_opcheck():
     _library.ensure()
     p, x, g = randn(3, 2, 3, 4).float(), randn(2, 3, 4).float(), randn(2, 3, 4, seed=1).float()

@@ -13,6 +13,7 @@ carry the spacing: fz = dx / dz compares a jump between slices with a jump betwe
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import torch
@@ -183,3 +184,22 @@ _library.define(
     _primal,
     lambda *_: None,
 )
+
+
+def _cuda_dual(p: Tensor, xbar: Tensor, sigma: float, limit: float, fz: float, fy: float, fx: float) -> None:
+    from recon3d.kernels import tv3d as kernels
+
+    kernels.dual(p, xbar, sigma, limit, fz, fy, fx)
+
+
+def _cuda_primal(
+    x: Tensor, xbar: Tensor, p: Tensor, g: Tensor, tau: float, fz: float, fy: float, fx: float, nonnegative: bool
+) -> None:
+    from recon3d.kernels import tv3d as kernels
+
+    kernels.primal(x, xbar, p, g, tau, fz, fy, fx, nonnegative)
+
+
+if importlib.util.find_spec("triton") is not None:
+    _library.register_cuda("tv3d_dual_", _cuda_dual)
+    _library.register_cuda("tv3d_primal_", _cuda_primal)
