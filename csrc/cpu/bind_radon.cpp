@@ -1,12 +1,16 @@
+#include <vector>
+
 #include "bind.h"
 #include "cpu/radon.h"
 
-#include <vector>
-
 namespace recon3d {
 namespace {
-void run_ranges(int64_t n, RangeBody body, void* context) {
-  if (n > 0) torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+RunRanges ranges() {
+  return {[](int64_t n, RangeBody body, void* context) {
+            if (n > 0)
+              torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          static_cast<int>(torch::stable::get_num_threads())};
 }
 
 RadonScan scan_of(const Tensor& angles, int64_t cells, double pitch, double offset, double sod, double sdd, double dy,
@@ -33,8 +37,8 @@ std::vector<int64_t> shape_like(const Tensor& t, int64_t rows, int64_t columns, 
   return shape;
 }
 
-Tensor radon(const Tensor& x, const Tensor& angles, int64_t n_detector, double pitch, double offset, double source_to_axis,
-             double source_to_detector, double dy, double dx, int64_t method) {
+Tensor radon(const Tensor& x, const Tensor& angles, int64_t n_detector, double pitch, double offset,
+             double source_to_axis, double source_to_detector, double dy, double dx, int64_t method) {
   STD_TORCH_CHECK(x.dim() >= 2, "radon: x must be [..., y, x]");
   const Tensor host = torch::stable::contiguous(angles), xc = torch::stable::contiguous(x);
   const RadonScan scan = scan_of(host, n_detector, pitch, offset, source_to_axis, source_to_detector, dy, dx,
@@ -43,9 +47,8 @@ Tensor radon(const Tensor& x, const Tensor& angles, int64_t n_detector, double p
   const std::vector<int64_t> shape = shape_like(x, scan.views, scan.cells, &slices);
   Tensor y = torch::stable::new_empty(x, shape);
   if (slices && scan.views) {
-    RECON3D_REAL(x, "radon", {
-      radon_cpu(in<scalar_t>(xc), out<scalar_t>(y), slices, scan, static_cast<int>(method), run_ranges);
-    })
+    RECON3D_REAL(x, "radon",
+                 { radon_cpu(in<scalar_t>(xc), out<scalar_t>(y), slices, scan, static_cast<int>(method), ranges()); })
   }
   return y;
 }
@@ -54,14 +57,14 @@ Tensor radon_adjoint(const Tensor& y, const Tensor& angles, int64_t ny, int64_t 
                      double source_to_axis, double source_to_detector, double dy, double dx, int64_t method) {
   STD_TORCH_CHECK(y.dim() >= 2 && y.size(y.dim() - 2) == angles.numel(), "radon_adjoint: y must be [..., view, u]");
   const Tensor host = torch::stable::contiguous(angles), yc = torch::stable::contiguous(y);
-  const RadonScan scan = scan_of(host, y.size(y.dim() - 1), pitch, offset, source_to_axis, source_to_detector, dy, dx, ny, nx,
-                                 method);
+  const RadonScan scan =
+      scan_of(host, y.size(y.dim() - 1), pitch, offset, source_to_axis, source_to_detector, dy, dx, ny, nx, method);
   int64_t slices;
   const std::vector<int64_t> shape = shape_like(y, ny, nx, &slices);
   Tensor x = torch::stable::new_empty(y, shape);
   if (slices) {
     RECON3D_REAL(y, "radon_adjoint", {
-      radon_adjoint_cpu(in<scalar_t>(yc), out<scalar_t>(x), slices, scan, static_cast<int>(method), run_ranges);
+      radon_adjoint_cpu(in<scalar_t>(yc), out<scalar_t>(x), slices, scan, static_cast<int>(method), ranges());
     })
   }
   return x;

@@ -164,7 +164,8 @@ Line line(const RadonPlan& plan, const Segment& s, int axis, int r) {
   if (!plan.fan) return {s.alpha + s.d * r, s.beta, s.length};
   const RadonScan& g = plan.scan;
   const double q = ((r - 0.5 * (static_cast<double>(g.cells) - 1)) * g.pitch + g.offset) / g.sdd;
-  const double p = (plan.cosine[s.view] - q * plan.sine[s.view]) * g.dx, w = (plan.sine[s.view] + q * plan.cosine[s.view]) * g.dy;
+  const double p = (plan.cosine[s.view] - q * plan.sine[s.view]) * g.dx,
+               w = (plan.sine[s.view] + q * plan.cosine[s.view]) * g.dy;
   const double main = axis ? w : p, beta = -(axis ? p : w) / main;
   return {q * g.sod / main + 0.5 * (plan.across(axis) - 1) - beta * 0.5 * (plan.steps(axis) - 1), beta,
           g.dx * g.dy * std::sqrt(1 + q * q) / std::abs(main)};
@@ -179,7 +180,7 @@ void walk(const Line& l, int first, int last, int n, const Add& add) {
   }
 }
 
-void joseph_forward(const RadonPlan& plan, const double* x, double* y, int64_t slices, RunRanges run) {
+void joseph_forward(const RadonPlan& plan, const double* x, double* y, int64_t slices, const RunRanges& run) {
   const RadonScan& g = plan.scan;
   for (int axis = 0; axis < 2; ++axis) {
     const int steps = plan.steps(axis), n = plan.across(axis);
@@ -204,7 +205,7 @@ void joseph_forward(const RadonPlan& plan, const double* x, double* y, int64_t s
   }
 }
 
-void joseph_adjoint(const RadonPlan& plan, const double* y, double* x, int64_t slices, RunRanges run) {
+void joseph_adjoint(const RadonPlan& plan, const double* y, double* x, int64_t slices, const RunRanges& run) {
   const RadonScan& g = plan.scan;
   std::memset(x, 0, sizeof(double) * static_cast<size_t>(slices * g.ny * g.nx));
   constexpr int kBand = 16;  // steps that one range owns, and alone adds to
@@ -235,8 +236,8 @@ void joseph_adjoint(const RadonPlan& plan, const double* y, double* x, int64_t s
 
 // A view as shifts of its steps onto the unit-slope grid and a cubic resampling of their sum.
 struct Shear {
-  int64_t left, size;          // grid cell m lies at cell m + left of the middle step
-  std::vector<int> whole;      // shift of every step: whole + fraction
+  int64_t left, size;      // grid cell m lies at cell m + left of the middle step
+  std::vector<int> whole;  // shift of every step: whole + fraction
   std::vector<double> fraction;
   std::vector<int64_t> node;   // of every ray: first of four grid cells
   std::vector<double> weight;  // and their weights, step length included
@@ -268,7 +269,7 @@ Shear make_shear(const RadonPlan& plan, int axis, const Segment& s) {
   return v;
 }
 
-void shear_forward(const RadonPlan& plan, const double* x, double* y, int64_t slices, RunRanges run) {
+void shear_forward(const RadonPlan& plan, const double* x, double* y, int64_t slices, const RunRanges& run) {
   const RadonScan& g = plan.scan;
   for (int axis = 0; axis < 2; ++axis) {
     const int steps = plan.steps(axis), n = plan.across(axis);
@@ -292,8 +293,7 @@ void shear_forward(const RadonPlan& plan, const double* x, double* y, int64_t sl
           for (int64_t r = 0; r < g.cells; ++r) {
             double total = 0;
             for (int64_t t = 0; t < 4; ++t)
-              if (v.node[r] + t >= 0 && v.node[r] + t < v.size)
-                total += v.weight[4 * r + t] * sum[v.node[r] + t];
+              if (v.node[r] + t >= 0 && v.node[r] + t < v.size) total += v.weight[4 * r + t] * sum[v.node[r] + t];
             y[(k * g.views + s.view) * g.cells + r] = total;
           }
         }
@@ -302,7 +302,7 @@ void shear_forward(const RadonPlan& plan, const double* x, double* y, int64_t sl
   }
 }
 
-void shear_adjoint(const RadonPlan& plan, const double* y, double* x, int64_t slices, RunRanges run) {
+void shear_adjoint(const RadonPlan& plan, const double* y, double* x, int64_t slices, const RunRanges& run) {
   const RadonScan& g = plan.scan;
   std::memset(x, 0, sizeof(double) * static_cast<size_t>(slices * g.ny * g.nx));
   for (int axis = 0; axis < 2; ++axis) {
@@ -330,24 +330,26 @@ void shear_adjoint(const RadonPlan& plan, const double* y, double* x, int64_t sl
 }
 }  // namespace
 
-void radon_cpu(const float* x, float* y, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
+void radon_cpu(const float* x, float* y, int64_t slices, const RadonScan& scan, int method, const RunRanges& run) {
   Scan s;
   make_plan(scan, s);
   const RadonKernels& k = kernels();
   (method == kShear ? k.shear_forward : k.forward)(s.plan, x, y, slices, run);
 }
-void radon_adjoint_cpu(const float* y, float* x, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
+void radon_adjoint_cpu(const float* y, float* x, int64_t slices, const RadonScan& scan, int method,
+                       const RunRanges& run) {
   Scan s;
   make_plan(scan, s);
   const RadonKernels& k = kernels();
   (method == kShear ? k.shear_adjoint : k.adjoint)(s.plan, y, x, slices, run);
 }
-void radon_cpu(const double* x, double* y, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
+void radon_cpu(const double* x, double* y, int64_t slices, const RadonScan& scan, int method, const RunRanges& run) {
   Scan s;
   make_plan(scan, s);
   (method == kShear ? shear_forward : joseph_forward)(s.plan, x, y, slices, run);
 }
-void radon_adjoint_cpu(const double* y, double* x, int64_t slices, const RadonScan& scan, int method, RunRanges run) {
+void radon_adjoint_cpu(const double* y, double* x, int64_t slices, const RadonScan& scan, int method,
+                       const RunRanges& run) {
   Scan s;
   make_plan(scan, s);
   (method == kShear ? shear_adjoint : joseph_adjoint)(s.plan, y, x, slices, run);

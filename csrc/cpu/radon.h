@@ -14,15 +14,20 @@ struct RadonScan {
   double pitch, offset, sod, sdd, dy, dx;
 };
 
-// Runs body(context, begin, end) over pieces of [0, n), some of them at the same time.
+// Runs body(context, begin, end) over pieces of [0, n), on up to `threads` threads.
 using RangeBody = void (*)(void* context, int64_t begin, int64_t end);
-using RunRanges = void (*)(int64_t n, RangeBody body, void* context);
+struct RunRanges {
+  void (*run)(int64_t n, RangeBody body, void* context);
+  int threads;
+};
 
 enum RadonMethod { kJoseph = 0, kShear = 1 };
 
-void radon_cpu(const float* x, float* y, int64_t slices, const RadonScan& scan, int method, RunRanges run);
-void radon_cpu(const double* x, double* y, int64_t slices, const RadonScan& scan, int method, RunRanges run);
-void radon_adjoint_cpu(const float* y, float* x, int64_t slices, const RadonScan& scan, int method, RunRanges run);
-void radon_adjoint_cpu(const double* y, double* x, int64_t slices, const RadonScan& scan, int method, RunRanges run);
+void radon_cpu(const float* x, float* y, int64_t slices, const RadonScan& scan, int method, const RunRanges& run);
+void radon_cpu(const double* x, double* y, int64_t slices, const RadonScan& scan, int method, const RunRanges& run);
+void radon_adjoint_cpu(const float* y, float* x, int64_t slices, const RadonScan& scan, int method,
+                       const RunRanges& run);
+void radon_adjoint_cpu(const double* y, double* x, int64_t slices, const RadonScan& scan, int method,
+                       const RunRanges& run);
 
 }  // namespace recon3d

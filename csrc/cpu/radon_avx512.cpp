@@ -15,13 +15,13 @@
 
 namespace recon3d {
 namespace {
+// each needs the one before it
+// clang-format off
 #include "cpu/radon_simd.h"
-
 #include "cpu/radon_joseph.h"
-
 #include "cpu/radon_joseph_adjoint.h"
-
 #include "cpu/radon_shear.h"
+// clang-format on
 constexpr RadonKernels kKernels{joseph_forward, joseph_adjoint, shear_forward, shear_adjoint};
 }  // namespace
 extern const RadonKernels* const kRadonAvx512 = &kKernels;

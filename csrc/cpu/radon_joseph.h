@@ -1,4 +1,5 @@
-// Joseph's forward projection and its transpose for one instruction set; included inside its namespace after radon_simd.h.
+// Joseph's forward projection and its transpose for one instruction set; included inside its namespace after
+// radon_simd.h.
 //
 // A ray's crossing with step i is kept as a fixed-point number with 25 fractional bits, rounded once per block of kRows
 // steps, so that one integer addition moves to the next step and the lane's weight is its low bits. Rounding stays
@@ -9,14 +10,14 @@
 // in the transpose, 16 pixels) and up to four slices beside each other. Sums run over steps in blocks of kRows, and in
 // the transpose over the views that step over rows, then those that step over columns.
 
-constexpr int kRows = 32;                // steps per block, and side of the transpose's pixel blocks
-constexpr int kPad = 32;                 // zeros around a padded row; a 32-wide window clamped to [-32, n] reads only those
+constexpr int kRows = 32;  // steps per block, and side of the transpose's pixel blocks
+constexpr int kPad = 32;   // zeros around a padded row; a 32-wide window clamped to [-32, n] reads only those
 constexpr int kShift = 25;
-constexpr double kOne = 1 << kShift;     // 1 in fixed point
-constexpr int kGroup = 8;                // views that share a visit of a piece of the image
+constexpr double kOne = 1 << kShift;               // 1 in fixed point
+constexpr int kGroup = 16;                         // most views that share a visit of a piece of the image
 constexpr int kMany = RECON3D_LEVEL == 3 ? 7 : 1;  // more slices than this fill the lanes better than rays do
 #if RECON3D_LEVEL == 3
-constexpr int kAccumulators = 16;        // of 16 floats, that fit the register file beside their operands
+constexpr int kAccumulators = 16;  // of 16 floats, that fit the register file beside their operands
 #elif RECON3D_LEVEL == 2
 constexpr int kAccumulators = 4;
 #else
@@ -31,7 +32,9 @@ RECON3D_INLINE int floor_int(double v) {
   return whole - (v < whole);
 }
 RECON3D_INLINE int fixed(double v, double one = kOne) { return floor_int(v * one + 0.5); }
-RECON3D_INLINE Vec fraction(Int q) { return to_float(q & splat((1 << kShift) - 1)) * splat(static_cast<float>(1 / kOne)); }
+RECON3D_INLINE Vec fraction(Int q) {
+  return to_float(q & splat((1 << kShift) - 1)) * splat(static_cast<float>(1 / kOne));
+}
 
 // ---- rays -----------------------------------------------------------------------------------------------------------
 
@@ -42,7 +45,8 @@ struct FanTables {
 };
 
 static size_t fan_table_bytes(const RadonPlan& plan) {
-  return plan.fan ? static_cast<size_t>(plan.scan.views * plan.scan.cells) * (2 * sizeof(double) + sizeof(float)) + 256 : 64;
+  return plan.fan ? static_cast<size_t>(plan.scan.views * plan.scan.cells) * (2 * sizeof(double) + sizeof(float)) + 256
+                  : 64;
 }
 static FanTables fan_tables(const RadonPlan& plan, const Scratch& memory) {
   const size_t n = static_cast<size_t>(plan.scan.views * plan.scan.cells);
@@ -56,7 +60,8 @@ static void fill_fan_tables(const RadonPlan& plan, FanTables t, int axis, int64_
   for (int64_t g = begin; g < end; ++g) {
     const Segment& s = plan.segments[axis][g];
     const double cosine = plan.cosine[s.view], sine = plan.sine[s.view];
-    double *RECON3D_RESTRICT alpha = t.alpha + s.view * scan.cells, *RECON3D_RESTRICT beta = t.beta + s.view * scan.cells;
+    double *RECON3D_RESTRICT alpha = t.alpha + s.view * scan.cells,
+                             *RECON3D_RESTRICT beta = t.beta + s.view * scan.cells;
     float* RECON3D_RESTRICT length = t.length + s.view * scan.cells;
     const double centre_across = 0.5 * (plan.across(axis) - 1), centre_steps = 0.5 * (plan.steps(axis) - 1);
     const double area = scan.dx * scan.dy, inverse_sdd = 1 / scan.sdd;
@@ -71,51 +76,59 @@ static void fill_fan_tables(const RadonPlan& plan, FanTables t, int axis, int64_
   }
 }
 
-static void fill_fan_tables(const RadonPlan& plan, FanTables t, RunRanges run) {
+static void fill_fan_tables(const RadonPlan& plan, FanTables t, const RunRanges& run) {
   if (!plan.fan) return;
   for (int axis = 0; axis < 2; ++axis)
     run_ranges(run, plan.count[axis], [&](int64_t b, int64_t e) { fill_fan_tables(plan, t, axis, b, e); });
 }
 
-// Sixteen consecutive rays at the start of a block: coordinate = whole + (start + j slope) / 2^25 at the block's step j.
+// Sixteen consecutive rays at the start of a block: coordinate = whole + (start + j slope) / 2^25 at the block's step
+// j.
 struct Tile {
   Int whole, start, slope;
   Vec length;
 };
 
-RECON3D_INLINE Tile make_tile(const RadonPlan& plan, const FanTables& t, const Segment& s, int ray, int count, int step0,
-                              int rows) {
-  alignas(64) int32_t whole[kLanes], start[kLanes], slope[kLanes];
-  alignas(64) float length[kLanes];
+RECON3D_INLINE Dbl ray_numbers(int ray) { return splat(static_cast<double>(ray)) + Dbl{0, 1, 2, 3, 4, 5, 6, 7}; }
+
+RECON3D_INLINE Tile make_tile(const RadonPlan& plan, const FanTables& t, const Segment& s, int ray, int count,
+                              int step0, int rows) {
   const int half = rows / 2;  // coordinates are rounded in the middle of the block
   const double middle = step0 + half;
+  Tile tile;
+  Dbl a, b;
   if (!plan.fan) {
-    const double at = s.alpha + s.beta * middle;
-    const int down = fixed(s.beta);
-    for (int l = 0; l < kLanes; ++l) {
-      const double u = at + (ray + l) * s.d;
-      const int w = floor_int(u);
-      whole[l] = w;
-      start[l] = static_cast<int>((u - w) * kOne + 0.5) - half * down;
+    const Dbl at = splat(s.alpha + s.beta * middle), d = splat(s.d);
+    a = ray_numbers(ray) * d + at;
+    b = ray_numbers(ray + 8) * d + at;
+    tile.slope = splat(fixed(s.beta));
+    tile.length = splat(static_cast<float>(s.length));
+  } else {
+    const int64_t at = s.view * plan.scan.cells + ray;
+    const double *alpha = t.alpha + at, *beta = t.beta + at;
+    const float* length = t.length + at;
+    double ends[2][kLanes];
+    float lengths[kLanes];
+    if (count < kLanes) {  // lanes past the segment repeat its last ray
+      for (int l = 0; l < kLanes; ++l) {
+        const int k = l < count ? l : count - 1;
+        ends[0][l] = alpha[k];
+        ends[1][l] = beta[k];
+        lengths[l] = length[k];
+      }
+      alpha = ends[0], beta = ends[1], length = lengths;
     }
-    return {load(whole), load(start), splat(down), splat(static_cast<float>(s.length))};
+    const Dbl b0 = load(beta), b1 = load(beta + 8), m = splat(middle);
+    a = b0 * m + load(alpha);
+    b = b1 * m + load(alpha + 8);
+    tile.slope = to_int(vfloor(b0 * splat(kOne) + splat(0.5)), vfloor(b1 * splat(kOne) + splat(0.5)));
+    tile.length = load(length);
   }
-  double alpha[kLanes], beta[kLanes];
-  const int64_t at = s.view * plan.scan.cells + ray;
-  for (int l = 0; l < kLanes; ++l) {
-    const int k = l < count ? l : count - 1;  // lanes past the segment repeat its last ray
-    alpha[l] = t.alpha[at + k];
-    beta[l] = t.beta[at + k];
-    length[l] = t.length[at + k];
-  }
-  for (int l = 0; l < kLanes; ++l) {
-    const double u = alpha[l] + beta[l] * middle;
-    const int w = floor_int(u), down = fixed(beta[l]);
-    whole[l] = w;
-    slope[l] = down;
-    start[l] = static_cast<int>((u - w) * kOne + 0.5) - half * down;
-  }
-  return {load(whole), load(start), load(slope), load(length)};
+  const Dbl whole_a = vfloor(a), whole_b = vfloor(b);
+  tile.whole = to_int(whole_a, whole_b);
+  tile.start = to_int((a - whole_a) * splat(kOne) + splat(0.5), (b - whole_b) * splat(kOne) + splat(0.5)) -
+               splat(half) * tile.slope;
+  return tile;
 }
 
 // Whether rays [ray, ray + count) come near cells [0, n) in steps [step0, step0 + rows); and how wide they lie.
@@ -170,9 +183,12 @@ static void pad_rows(const RadonPlan& plan, const float* x, float* padded, int a
 
 // Rows [begin, end) of n data arrays (n <= 16, distance apart) as [row][width][16], datum 0 of a row at `pad`, each
 // multiplied by scale; missing arrays are zero. Row i of array s starts at in + s * apart + i * stride.
-RECON3D_INLINE void gather16(const float* in, int64_t apart, int n, int count, Vec* v) {
+RECON3D_INLINE void gather16(const float* in, int64_t apart, int n, int count, int64_t ahead, Vec* v) {
   if (count == kLanes) {
-    for (int l = 0; l < kLanes; ++l) v[l] = l < n ? load(in + l * apart) : splat(0.0f);
+    for (int l = 0; l < kLanes; ++l) {
+      v[l] = l < n ? load(in + l * apart) : splat(0.0f);
+      __builtin_prefetch(in + l * apart + ahead);
+    }
   } else {
     alignas(64) float line[kLanes][kLanes] = {};
     for (int l = 0; l < n; ++l)
@@ -195,7 +211,8 @@ RECON3D_INLINE void scatter16(Vec* v, float* out, int64_t apart, int n, int coun
 }
 
 // Rows [begin, end) of one group of n slices as [step][across + 4][16], cell 0 at 2.
-static void pack_slices(const RadonPlan& plan, const float* x, int n, float* packed, int axis, int64_t begin, int64_t end) {
+static void pack_slices(const RadonPlan& plan, const float* x, int n, float* packed, int axis, int64_t begin,
+                        int64_t end) {
   const int ny = static_cast<int>(plan.scan.ny), nx = static_cast<int>(plan.scan.nx);
   const int64_t apart = static_cast<int64_t>(ny) * nx, width = static_cast<int64_t>(plan.across(axis)) + 4;
   const int64_t zeros = sizeof(float) * kLanes;
@@ -207,7 +224,7 @@ static void pack_slices(const RadonPlan& plan, const float* x, int n, float* pac
       for (int k = 0; k < nx; k += kLanes) {
         Vec v[kLanes];
         const int count = least(kLanes, nx - k);
-        gather16(x + i * nx + k, apart, n, count, v);
+        gather16(x + i * nx + k, apart, n, count, 4 * kLanes, v);
         for (int l = 0; l < count; ++l) store(row + (k + 2 + l) * kLanes, v[l]);
       }
     }
@@ -222,7 +239,7 @@ static void pack_slices(const RadonPlan& plan, const float* x, int n, float* pac
     }
     for (int k = 0; k < ny; ++k) {
       Vec v[kLanes];
-      gather16(x + static_cast<int64_t>(k) * nx + i, apart, n, count, v);
+      gather16(x + static_cast<int64_t>(k) * nx + i, apart, n, count, 4 * nx, v);
       for (int l = 0; l < count; ++l) store(packed + ((i + l) * width + k + 2) * kLanes, v[l]);
     }
   }
@@ -254,7 +271,8 @@ RECON3D_INLINE void add_rays(const Tile& tile, int count, const float* image, in
     }
 #if RECON3D_LEVEL == 3
     for (int j = 0; j < rows; ++j) {
-      const __m512i left = (__m512i)((q >> kShift) - splat(first[j])), right = _mm512_add_epi32(left, _mm512_set1_epi32(1));
+      const __m512i left = (__m512i)((q >> kShift) - splat(first[j])),
+                    right = _mm512_add_epi32(left, _mm512_set1_epi32(1));
       const Vec w = fraction(q);
       const float* p = image + static_cast<int64_t>(j) * width + from[j];
       for (int s = 0; s < SB; ++s) {
@@ -329,17 +347,17 @@ static void forward_rays(const RadonPlan& plan, const FanTables& tables, int axi
   for (int64_t g = g0; g < g1; ++g)
     for (int k = 0; k < SB; ++k)
       __builtin_memcpy(y + k * sinogram + segments[g].view * cells + segments[g].first,
-                       total + ((g - g0) * SB + k) * stride,
-                       (segments[g].last - segments[g].first) * sizeof(float));
+                       total + ((g - g0) * SB + k) * stride, (segments[g].last - segments[g].first) * sizeof(float));
 }
 
 static void forward_few(const RadonPlan& plan, const FanTables& tables, const float* x, float* y, int64_t slices,
-                        RunRanges run) {
+                        const RunRanges& run) {
   const int64_t image = plan.scan.ny * plan.scan.nx, sinogram = plan.scan.views * plan.scan.cells;
   for (int axis = 0; axis < 2; ++axis) {
     if (!plan.count[axis]) continue;
     const int steps = plan.steps(axis), width = round_up(plan.across(axis) + 2 * kPad, kLanes);
-    const int64_t plane = static_cast<int64_t>(steps) * width, groups = (plan.count[axis] + kGroup - 1) / kGroup;
+    const int64_t plane = static_cast<int64_t>(steps) * width, size = group_size(plan.count[axis], kGroup, run.threads);
+    const int64_t groups = (plan.count[axis] + size - 1) / size;
     // four slices at a time bound the memory and share the weights
     for (int64_t s0 = 0; s0 < slices; s0 += 4) {
       const int some = static_cast<int>(slices - s0 < 4 ? slices - s0 : 4);
@@ -348,9 +366,10 @@ static void forward_few(const RadonPlan& plan, const FanTables& tables, const fl
         pad_rows(plan, x + s0 * image, memory.floats(), axis, kPad, width, b, e);
       });
       run_ranges(run, groups, [&](int64_t b, int64_t e) {
-        Scratch total(static_cast<size_t>(kGroup) * 4 * round_up(static_cast<int>(plan.scan.cells), kLanes) * sizeof(float));
+        Scratch total(static_cast<size_t>(kGroup) * 4 * round_up(static_cast<int>(plan.scan.cells), kLanes) *
+                      sizeof(float));
         for (int64_t g = b; g < e; ++g) {
-          const int64_t g0 = g * kGroup, g1 = g0 + kGroup < plan.count[axis] ? g0 + kGroup : plan.count[axis];
+          const int64_t g0 = g * size, g1 = g0 + size < plan.count[axis] ? g0 + size : plan.count[axis];
           const float* in = memory.floats() + kPad;
           float* out = y + s0 * sinogram;
           int k = 0;
@@ -360,7 +379,8 @@ static void forward_few(const RadonPlan& plan, const FanTables& tables, const fl
             k += 2;
           }
           if (some - k == 1)
-            forward_rays<1>(plan, tables, axis, g0, g1, in + k * plane, plane, width, out + k * sinogram, total.floats());
+            forward_rays<1>(plan, tables, axis, g0, g1, in + k * plane, plane, width, out + k * sinogram,
+                            total.floats());
         }
       });
     }
@@ -429,25 +449,28 @@ static void forward_slices(const RadonPlan& plan, const FanTables& tables, int a
   }
 }
 
-static void forward_many(const RadonPlan& plan, const FanTables& tables, const float* x, float* y, int slices, RunRanges run) {
+static void forward_many(const RadonPlan& plan, const FanTables& tables, const float* x, float* y, int slices,
+                         const RunRanges& run) {
   for (int axis = 0; axis < 2; ++axis) {
     if (!plan.count[axis]) continue;
-    const int64_t steps = plan.steps(axis), groups = (plan.count[axis] + kGroup - 1) / kGroup;
+    const int64_t steps = plan.steps(axis), size = group_size(plan.count[axis], kGroup, run.threads);
+    const int64_t groups = (plan.count[axis] + size - 1) / size;
     Scratch packed(static_cast<size_t>(steps) * (plan.across(axis) + 4) * kLanes * sizeof(float));
     run_ranges(run, (steps + kLanes - 1) / kLanes, [&](int64_t b, int64_t e) {
       pack_slices(plan, x, slices, packed.floats(), axis, b * kLanes, e * kLanes < steps ? e * kLanes : steps);
     });
     run_ranges(run, groups, [&](int64_t b, int64_t e) {
-      Scratch total(static_cast<size_t>(kGroup) * round_up(static_cast<int>(plan.scan.cells), kLanes) * kLanes * sizeof(float));
+      Scratch total(static_cast<size_t>(kGroup) * round_up(static_cast<int>(plan.scan.cells), kLanes) * kLanes *
+                    sizeof(float));
       for (int64_t g = b; g < e; ++g)
-        forward_slices(plan, tables, axis, g * kGroup,
-                       (g + 1) * kGroup < plan.count[axis] ? (g + 1) * kGroup : plan.count[axis], packed.floats(), slices, y,
-                       total.floats());
+        forward_slices(plan, tables, axis, g * size,
+                       (g + 1) * size < plan.count[axis] ? (g + 1) * size : plan.count[axis], packed.floats(), slices,
+                       y, total.floats());
     });
   }
 }
 
-static void joseph_forward(const RadonPlan& plan, const float* x, float* y, int64_t slices, RunRanges run) {
+static void joseph_forward(const RadonPlan& plan, const float* x, float* y, int64_t slices, const RunRanges& run) {
   Scratch memory(fan_table_bytes(plan));
   const FanTables tables = fan_tables(plan, memory);
   fill_fan_tables(plan, tables, run);
@@ -455,6 +478,7 @@ static void joseph_forward(const RadonPlan& plan, const float* x, float* y, int6
   int64_t s = 0;
   // the lanes pay from about half full
   for (; slices - s > kMany; s += kLanes)
-    forward_many(plan, tables, x + s * image, y + s * sinogram, static_cast<int>(slices - s < kLanes ? slices - s : kLanes), run);
+    forward_many(plan, tables, x + s * image, y + s * sinogram,
+                 static_cast<int>(slices - s < kLanes ? slices - s : kLanes), run);
   if (s < slices) forward_few(plan, tables, x + s * image, y + s * sinogram, slices - s, run);
 }

@@ -1,20 +1,20 @@
 // Transpose of radon_joseph.h, by pixels: each owner of a 32 x 32 block of pixels gathers from every view the rays that
 // crossed it, so nothing is written twice and no atomics are needed.
 //
-// Pixel (step o, cell k) takes from ray r the weight max(0, 1 - |u_r(o) - k|). Where a parallel beam's rays are not much
-// closer than pixels, r and u_r - k follow from one fixed-point number per pixel, its position in rays ("even" spans).
-// Otherwise u_r(o) comes from the very numbers of the forward kernel, tabulated per step ("table" spans).
+// Pixel (step o, cell k) takes from ray r the weight max(0, 1 - |u_r(o) - k|). Where a parallel beam's rays are not
+// much closer than pixels, r and u_r - k follow from one fixed-point number per pixel, its position in rays ("even"
+// spans). Otherwise u_r(o) comes from the very numbers of the forward kernel, tabulated per step ("table" spans).
 
 // A segment's part in one block of pixels.
 struct Span {
   int64_t view;
-  int candidates;       // rays that can reach one pixel: consecutive, starting at the pixel's own first
-  int whole, start;     // even: position of the block's first pixel at its first step, whole + start / 2^bits rays
+  int candidates;    // rays that can reach one pixel: consecutive, starting at the pixel's own first
+  int whole, start;  // even: position of the block's first pixel at its first step, whole + start / 2^bits rays
   int per_step, per_cell, bits;
-  float distance, unit; // even: of neighbouring rays, in cells; and of one unit in the last place
-  int first_ray, size;  // table: entry m belongs to ray first_ray + m
+  float distance, unit;  // even: of neighbouring rays, in cells; and of one unit in the last place
+  int first_ray, size;   // table: entry m belongs to ray first_ray + m
   float top, top_cell, top_step, bottom, bottom_cell, bottom_step;  // table: entry of a pixel = top / bottom
-  int64_t table;        // table: where its start and slope entries begin
+  int64_t table;                                                    // table: where its start and slope entries begin
 };
 
 // Table coordinates count cells from the middle of the block and wrap at +-64; rays further than this from it are not
@@ -47,14 +47,15 @@ static int widest_candidates(const RadonPlan& plan) {
 }
 
 // Fills in what segment g of an axis does to the block at (o0, k0); false when none of its rays reach the block.
-static bool make_span(const RadonPlan& plan, const FanTables& t, const Segment& s, int axis, int o0, int on, int k0, int kn,
-                      int pad, int64_t* used, BlockSpans& block, Span& span) {
+static bool make_span(const RadonPlan& plan, const FanTables& t, const Segment& s, int axis, int o0, int on, int k0,
+                      int kn, int pad, int64_t* used, BlockSpans& block, Span& span) {
   span.view = s.view;
   if (!plan.fan) {
     const double inverse = 1 / s.d, rays = inverse < 0 ? -inverse : inverse;
     const double corner = (k0 - s.alpha - s.beta * o0) * inverse;
     const double dk = (kn - 1) * inverse, dj = -s.beta * (on - 1) * inverse;
-    const double low = corner + (dk < 0 ? dk : 0) + (dj < 0 ? dj : 0), high = corner + (dk > 0 ? dk : 0) + (dj > 0 ? dj : 0);
+    const double low = corner + (dk < 0 ? dk : 0) + (dj < 0 ? dj : 0),
+                 high = corner + (dk > 0 ? dk : 0) + (dj > 0 ? dj : 0);
     if (high + rays <= s.first - 0.5 || low - rays >= s.last - 0.5) return false;
     span.candidates = rays <= 1 ? 2 : static_cast<int>(__builtin_ceil(2 * rays));
     if (span.candidates <= 4) {
@@ -187,6 +188,38 @@ RECON3D_INLINE Vec even_weight(int candidates, int e, const Span& span, Vec frac
 }
 RECON3D_INLINE Vec even_fraction(Int q, const Span& span) { return to_float(q & splat((1 << span.bits) - 1)); }
 
+#if RECON3D_LEVEL == 3
+// Whether sixteen runs of consecutive entries lie within 32 entries from base on.
+RECON3D_INLINE bool in_window(Int first, int candidates, int* base) {
+  const int a = _mm_cvtsi128_si32(_mm512_castsi512_si128((__m512i)first));
+  const int b = _mm_extract_epi32(_mm512_extracti32x4_epi32((__m512i)first, 3), 3);
+  // one entry of slack on both sides: rounded quotients need not be monotone
+  *base = most(0, least(a, b) - 1);
+  return most(a, b) + 1 - *base + candidates <= 31;
+}
+#endif
+
+// Weights of all candidates of sixteen pixels; now holds the rays' coordinates.
+RECON3D_INLINE void table_weights(const Span& span, const int32_t* now, Int first, int k, float* weight) {
+#if RECON3D_LEVEL == 3
+  int base;
+  if (in_window(first, span.candidates, &base)) {
+    __m512i at = (__m512i)(first - splat(base));
+    const __m512i low = (__m512i)load(now + base), high = (__m512i)load(now + base + kLanes);
+    for (int e = 0; e < span.candidates; ++e) {
+      store(weight + e * kLanes, table_weight((Int)_mm512_permutex2var_epi32(low, at, high), k));
+      at = _mm512_add_epi32(at, _mm512_set1_epi32(1));
+    }
+    return;
+  }
+#endif
+  for (int e = 0; e < span.candidates; ++e) {
+    Int ray;
+    for (int l = 0; l < kLanes; ++l) ray[l] = now[first[l] + e];
+    store(weight + e * kLanes, table_weight(ray, k));
+  }
+}
+
 // ---- pixels in lanes, SB slices -------------------------------------------------------------------------------------
 
 // y[r] for sixteen r = base + left (window) or any r: data points at ray 0
@@ -222,8 +255,9 @@ RECON3D_INLINE void even_rows(const Span& span, const float* data, int64_t plane
       const float* p = row + from[j];
       for (int e = 0; e < NC; ++e) {
         for (int s = 0; s < SB; ++s)
-          sum[j][s] = madd(w[e], (Vec)_mm512_permutex2var_ps((__m512)load(p + s * plane), at,
-                                                            (__m512)load(p + s * plane + kLanes)), sum[j][s]);
+          sum[j][s] = madd(
+              w[e], (Vec)_mm512_permutex2var_ps((__m512)load(p + s * plane), at, (__m512)load(p + s * plane + kLanes)),
+              sum[j][s]);
         at = _mm512_add_epi32(at, _mm512_set1_epi32(1));
       }
       q += step;
@@ -248,11 +282,8 @@ RECON3D_INLINE void table_row(const BlockSpans& block, const Span& span, const f
   const Int first = table_first(span, j, k, pad);
   const float* row = data + span.first_ray - pad;
 #if RECON3D_LEVEL == 3
-  const int a = _mm_cvtsi128_si32(_mm512_castsi512_si128((__m512i)first));
-  const int b = _mm_extract_epi32(_mm512_extracti32x4_epi32((__m512i)first, 3), 3);
-  // one entry of slack on both sides: rounded quotients need not be monotone
-  const int base = most(0, least(a, b) - 1);
-  if (most(a, b) + 1 - base + span.candidates <= 31) {
+  int base;
+  if (in_window(first, span.candidates, &base)) {
     __m512i at = (__m512i)(first - splat(base));
     const __m512i low = (__m512i)load(block.now + base), high = (__m512i)load(block.now + base + kLanes);
     for (int e = 0; e < span.candidates; ++e) {
@@ -276,8 +307,8 @@ RECON3D_INLINE void table_row(const BlockSpans& block, const Span& span, const f
 
 // Adds all spans of one axis to the block's pixels, buffer [SB][32 steps][32 cells].
 template <int SB>
-static void adjoint_pixels(const RadonPlan& plan, BlockSpans& block, const float* data, int64_t plane, int stride, int pad,
-                           int on, int kn, float* buffer) {
+static void adjoint_pixels(const RadonPlan& plan, BlockSpans& block, const float* data, int64_t plane, int stride,
+                           int pad, int on, int kn, float* buffer) {
   const int cells = static_cast<int>(plan.scan.cells);
   constexpr int kSteps = SB == 1 ? kLanes : kLanes / SB;
   constexpr int kSquare = kRows * kRows;
@@ -325,53 +356,81 @@ static void adjoint_pixels(const RadonPlan& plan, BlockSpans& block, const float
 
 constexpr int kWide = kRows + 1;  // pixels per buffer row: keeps columns out of each other's cache sets
 
+// One run of candidates of up to kPixelViews views for sixteen pixels: where the rays' data lie, and their weights.
+constexpr int kPixelViews = 16;
+struct PixelRays {
+  const float* data[kPixelViews];
+  int candidates[kPixelViews];
+  float* weight[kPixelViews];  // [candidates][16]
+  alignas(64) int32_t offset[kPixelViews][kLanes];
+};
+
 // Adds all spans of one axis for 16 slices; buffer [step][kWide][16] seen with the given strides of step and cell.
 static void adjoint_slices(const RadonPlan& plan, BlockSpans& block, const float* data, int64_t stride, int pad, int on,
-                           int kn, float* buffer, int64_t step_stride, int64_t cell_stride, float* weight) {
+                           int kn, float* buffer, int64_t step_stride, int64_t cell_stride, float* weights) {
   const int cells = static_cast<int>(plan.scan.cells);
-  alignas(64) int32_t offset[kLanes];
-  for (int g0 = 0; g0 < block.count; g0 += kGroup) {
-    const int g1 = least(block.count, g0 + kGroup);
+  const int64_t room = table_room(plan, pad);
+  PixelRays rays;
+  for (int g0 = 0; g0 < block.count; g0 += kPixelViews) {
+    const int some = least(kPixelViews, block.count - g0);
+    float* weight = weights;
+    for (int g = 0; g < some; ++g) {
+      const Span& span = block.spans[g0 + g];
+      rays.data[g] = data + span.view * stride;
+      rays.candidates[g] = span.candidates;
+      rays.weight[g] = weight;
+      weight += span.candidates * kLanes;
+    }
     for (int j = 0; j < on; ++j) {
-      for (int g = g0; g < g1; ++g)
-        if (block.spans[g].size) table_at(block, block.spans[g], j, pad, block.now + (g - g0) * table_room(plan, pad));
+      for (int g = 0; g < some; ++g)
+        if (block.spans[g0 + g].size) table_at(block, block.spans[g0 + g], j, pad, block.now + g * room);
       for (int k = 0; k < kn; k += kLanes) {
+        for (int g = 0; g < some; ++g) {
+          const Span& span = block.spans[g0 + g];
+          if (span.size) {
+            const Int first = table_first(span, j, k, pad);
+            table_weights(span, block.now + g * room, first, k, rays.weight[g]);
+            store(rays.offset[g], (first + splat(span.first_ray - pad)) << 4);
+          } else {
+            const Int q = iota() * splat(span.per_cell) + splat(span.start + k * span.per_cell + j * span.per_step);
+            const Vec f1 = even_fraction(q, span);
+            if (span.candidates == 2) {
+              store(rays.weight[g], even_weight(2, 0, span, f1));
+              store(rays.weight[g] + kLanes, even_weight(2, 1, span, f1));
+            } else {
+              for (int e = 0; e < span.candidates; ++e)
+                store(rays.weight[g] + e * kLanes, even_weight(span.candidates, e, span, f1));
+            }
+            store(rays.offset[g], clamp((q >> span.bits) + splat(span.whole), -pad, cells) << 4);
+          }
+        }
         for (int h = 0; h < kLanes && k + h < kn; h += kAccumulators) {
           float* to = buffer + j * step_stride + (k + h) * cell_stride;
           Vec sum[kAccumulators];
           for (int i = 0; i < kAccumulators; ++i) sum[i] = load(to + i * cell_stride);
-          for (int g = g0; g < g1; ++g) {
-            const Span& span = block.spans[g];
-            const float* row = data + span.view * stride;
-            if (span.size) {
-              const Int first = table_first(span, j, k, pad);
-              const int32_t* now = block.now + (g - g0) * table_room(plan, pad);
-              store(offset, first);
-              for (int e = 0; e < span.candidates; ++e) {
-                Int ray;
-                for (int l = 0; l < kLanes; ++l) ray[l] = now[offset[l] + e];
-                store(weight + e * kLanes, table_weight(ray, k));
-              }
-              store(offset, (first + splat(span.first_ray - pad)) << 4);
-            } else {
-              const Int q = iota() * splat(span.per_cell) + splat(span.start + k * span.per_cell + j * span.per_step);
-              const Vec f1 = even_fraction(q, span);
-              for (int e = 0; e < span.candidates; ++e)
-                store(weight + e * kLanes, even_weight(span.candidates, e, span, f1));
-              store(offset, clamp((q >> span.bits) + splat(span.whole), -pad, cells) << 4);
-            }
-            if (span.candidates == 2) {
+          for (int g = 0; g < some; ++g) {
+            const float *row = rays.data[g], *w = rays.weight[g] + h;
+            const int32_t* offset = rays.offset[g] + h;
+            if (rays.candidates[g] == 2) {
 #pragma GCC unroll 16
               for (int i = 0; i < kAccumulators; ++i) {
-                const float* p = row + offset[h + i];
-                sum[i] = madd(splat(weight[h + i]), load(p), sum[i]);
-                sum[i] = madd(splat(weight[kLanes + h + i]), load(p + kLanes), sum[i]);
+                const float* p = row + offset[i];
+                sum[i] = madd(splat(w[i]), load(p), sum[i]);
+                sum[i] = madd(splat(w[kLanes + i]), load(p + kLanes), sum[i]);
+              }
+            } else if (rays.candidates[g] == 3) {
+#pragma GCC unroll 16
+              for (int i = 0; i < kAccumulators; ++i) {
+                const float* p = row + offset[i];
+                sum[i] = madd(splat(w[i]), load(p), sum[i]);
+                sum[i] = madd(splat(w[kLanes + i]), load(p + kLanes), sum[i]);
+                sum[i] = madd(splat(w[2 * kLanes + i]), load(p + 2 * kLanes), sum[i]);
               }
             } else {
-              for (int e = 0; e < span.candidates; ++e) {
+              for (int e = 0; e < rays.candidates[g]; ++e) {
 #pragma GCC unroll 16
                 for (int i = 0; i < kAccumulators; ++i)
-                  sum[i] = madd(splat(weight[e * kLanes + h + i]), load(row + offset[h + i] + e * kLanes), sum[i]);
+                  sum[i] = madd(splat(w[e * kLanes + i]), load(row + offset[i] + e * kLanes), sum[i]);
               }
             }
           }
@@ -405,8 +464,8 @@ static void pad_data(const RadonPlan& plan, const FanTables& t, const float* y, 
   }
 }
 
-static void pack_data(const RadonPlan& plan, const FanTables& t, const float* y, int n, float* packed, int stride, int left,
-                      int64_t begin, int64_t end, const float* lengths) {
+static void pack_data(const RadonPlan& plan, const FanTables& t, const float* y, int n, float* packed, int stride,
+                      int left, int64_t begin, int64_t end, const float* lengths) {
   const int cells = static_cast<int>(plan.scan.cells);
   const int64_t apart = plan.scan.views * plan.scan.cells;
   for (int64_t view = begin; view < end; ++view) {
@@ -416,7 +475,7 @@ static void pack_data(const RadonPlan& plan, const FanTables& t, const float* y,
     for (int r = 0; r < cells; r += kLanes) {
       Vec v[kLanes];
       const int count = least(kLanes, cells - r);
-      gather16(y + view * cells + r, apart, n, count, v);
+      gather16(y + view * cells + r, apart, n, count, 4 * kLanes, v);
       for (int l = 0; l < count; ++l)
         store(row + (left + r + l) * kLanes, v[l] * splat(plan.fan ? t.length[view * cells + r + l] : lengths[view]));
     }
@@ -432,16 +491,18 @@ struct SpanMemory {
     block.start = reinterpret_cast<int32_t*>(p);
     block.slope = block.start + tables(plan, pad);
     block.now = block.slope + tables(plan, pad);
-    block.spans = reinterpret_cast<Span*>(block.now + kGroup * table_room(plan, pad));
+    block.spans = reinterpret_cast<Span*>(block.now + kPixelViews * table_room(plan, pad));
     block.count = 0;
   }
-  static int64_t most_spans(const RadonPlan& plan) { return plan.count[0] > plan.count[1] ? plan.count[0] : plan.count[1]; }
+  static int64_t most_spans(const RadonPlan& plan) {
+    return plan.count[0] > plan.count[1] ? plan.count[0] : plan.count[1];
+  }
   static int64_t tables(const RadonPlan& plan, int pad) {
     const int64_t one = table_room(plan, pad);
     return plan.fan || widest_candidates(plan) >= 8 ? most_spans(plan) * one : one;
   }
   static size_t bytes(const RadonPlan& plan, int pad) {
-    return static_cast<size_t>(2 * tables(plan, pad) + kGroup * table_room(plan, pad)) * sizeof(int32_t) +
+    return static_cast<size_t>(2 * tables(plan, pad) + kPixelViews * table_room(plan, pad)) * sizeof(int32_t) +
            static_cast<size_t>(most_spans(plan)) * sizeof(Span) + 256;
   }
 };
@@ -465,9 +526,10 @@ RECON3D_INLINE void flip(float* square) {
 }
 
 template <int SB>
-static void adjoint_few(const RadonPlan& plan, const FanTables& tables, const float* y, float* x, int pad, RunRanges run,
-                        const float* lengths) {
-  const int ny = static_cast<int>(plan.scan.ny), nx = static_cast<int>(plan.scan.nx), cells = static_cast<int>(plan.scan.cells);
+static void adjoint_few(const RadonPlan& plan, const FanTables& tables, const float* y, float* x, int pad,
+                        const RunRanges& run, const float* lengths) {
+  const int ny = static_cast<int>(plan.scan.ny), nx = static_cast<int>(plan.scan.nx),
+            cells = static_cast<int>(plan.scan.cells);
   const int left = kPad + pad, stride = round_up(cells + left + pad + 3 * kLanes, kLanes);
   const int64_t plane = plan.scan.views * stride;
   Scratch memory((static_cast<size_t>(plane) * SB + 4 * kLanes) * sizeof(float));
@@ -491,15 +553,17 @@ static void adjoint_few(const RadonPlan& plan, const FanTables& tables, const fl
         float* square = buffer + s * kRows * kRows;
         flip(square);
         for (int i = 0; i < hn; ++i)
-          __builtin_memcpy(x + (static_cast<int64_t>(s) * ny + i0 + i) * nx + j0, square + i * kRows, wn * sizeof(float));
+          __builtin_memcpy(x + (static_cast<int64_t>(s) * ny + i0 + i) * nx + j0, square + i * kRows,
+                           wn * sizeof(float));
       }
     }
   });
 }
 
 static void adjoint_many(const RadonPlan& plan, const FanTables& tables, const float* y, float* x, int slices, int pad,
-                         RunRanges run, const float* lengths) {
-  const int ny = static_cast<int>(plan.scan.ny), nx = static_cast<int>(plan.scan.nx), cells = static_cast<int>(plan.scan.cells);
+                         const RunRanges& run, const float* lengths) {
+  const int ny = static_cast<int>(plan.scan.ny), nx = static_cast<int>(plan.scan.nx),
+            cells = static_cast<int>(plan.scan.cells);
   const int stride = cells + 2 * pad + 1;
   Scratch memory(static_cast<size_t>(plan.scan.views) * stride * kLanes * sizeof(float));
   run_ranges(run, plan.scan.views, [&](int64_t b, int64_t e) {
@@ -511,7 +575,7 @@ static void adjoint_many(const RadonPlan& plan, const FanTables& tables, const f
   run_ranges(run, static_cast<int64_t>(across) * down, [&](int64_t b, int64_t e) {
     SpanMemory spans(plan, pad);
     Scratch pixels(static_cast<size_t>(kRows) * kWide * kLanes * sizeof(float));
-    Scratch weight(static_cast<size_t>(pad) * kLanes * sizeof(float));
+    Scratch weight(static_cast<size_t>(kPixelViews) * pad * kLanes * sizeof(float));
     float* buffer = pixels.floats();
     for (int64_t item = b; item < e; ++item) {
       const int i0 = static_cast<int>(item / across) * kRows, j0 = static_cast<int>(item % across) * kRows;
@@ -533,7 +597,7 @@ static void adjoint_many(const RadonPlan& plan, const FanTables& tables, const f
   });
 }
 
-static void joseph_adjoint(const RadonPlan& plan, const float* y, float* x, int64_t slices, RunRanges run) {
+static void joseph_adjoint(const RadonPlan& plan, const float* y, float* x, int64_t slices, const RunRanges& run) {
   Scratch memory(fan_table_bytes(plan));
   const FanTables tables = fan_tables(plan, memory);
   fill_fan_tables(plan, tables, run);
@@ -547,8 +611,8 @@ static void joseph_adjoint(const RadonPlan& plan, const float* y, float* x, int6
   const int64_t image = plan.scan.ny * plan.scan.nx, sinogram = plan.scan.views * plan.scan.cells;
   int64_t s = 0;
   for (; slices - s > kMany; s += kLanes)
-    adjoint_many(plan, tables, y + s * sinogram, x + s * image, static_cast<int>(slices - s < kLanes ? slices - s : kLanes), pad,
-                 run, lengths);
+    adjoint_many(plan, tables, y + s * sinogram, x + s * image,
+                 static_cast<int>(slices - s < kLanes ? slices - s : kLanes), pad, run, lengths);
   while (s < slices) {
     const float* from = y + s * sinogram;
     float* to = x + s * image;

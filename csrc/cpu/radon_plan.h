@@ -47,19 +47,27 @@ class Scratch {
 
 // The float kernels compiled for one instruction set.
 struct RadonKernels {
-  void (*forward)(const RadonPlan& plan, const float* x, float* y, int64_t slices, RunRanges run);
-  void (*adjoint)(const RadonPlan& plan, const float* y, float* x, int64_t slices, RunRanges run);
-  void (*shear_forward)(const RadonPlan& plan, const float* x, float* y, int64_t slices, RunRanges run);
-  void (*shear_adjoint)(const RadonPlan& plan, const float* y, float* x, int64_t slices, RunRanges run);
+  void (*forward)(const RadonPlan& plan, const float* x, float* y, int64_t slices, const RunRanges& run);
+  void (*adjoint)(const RadonPlan& plan, const float* y, float* x, int64_t slices, const RunRanges& run);
+  void (*shear_forward)(const RadonPlan& plan, const float* x, float* y, int64_t slices, const RunRanges& run);
+  void (*shear_adjoint)(const RadonPlan& plan, const float* y, float* x, int64_t slices, const RunRanges& run);
 };
 extern const RadonKernels kRadonPortable;
-extern const RadonKernels* const kRadonAvx2;    // null where the compiler cannot make it
+extern const RadonKernels* const kRadonAvx2;  // null where the compiler cannot make it
 extern const RadonKernels* const kRadonAvx512;
 
 template <class F>
-inline __attribute__((always_inline)) void run_ranges(RunRanges run, int64_t n, const F& body) {
-  run(n, [](void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); },
+inline void run_ranges(const RunRanges& run, int64_t n, const F& body) {
+  run.run(
+      n, [](void* f, int64_t begin, int64_t end) { (*static_cast<const F*>(f))(begin, end); },
       const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// How many consecutive items make a group: at most `most`, and as many groups as keep all threads busy to the end.
+// Results never depend on it.
+inline int64_t group_size(int64_t n, int64_t most, int threads) {
+  const int64_t per_thread = (n + most * threads - 1) / (most * threads), groups = per_thread * threads;
+  return (n + groups - 1) / groups;
 }
 
 }  // namespace recon3d

@@ -2,8 +2,9 @@
 // namespace after radon_joseph.h. Slices are handled one by one, so a slice never depends on the stack.
 //
 // Step i of a view is shifted by whole_i + t_i cells onto the view's unit-slope grid. Interpolation is split so that
-// every datum is loaded once: S0 = sum of (1 - t_i) x_i and S1 = sum of t_i x_i at the same cells, and the grid's sum
-// is S0[m] + S1[m + 1]; likewise in the transpose. Keys' cubic takes the grid to the detector.
+// every datum is loaded once and costs an addition and a multiply-add, which run on different pipes: S0 = sum of x_i
+// and S1 = sum of t_i x_i at the same cells, and the grid's sum is S0[m] - S1[m] + S1[m + 1]; likewise in the
+// transpose. Keys' cubic takes the grid to the detector.
 
 #if RECON3D_LEVEL == 3
 constexpr int kShearVectors = 8;  // of 16 cells, with two accumulators each
@@ -20,16 +21,16 @@ constexpr int kShearGroup = 16;         // views that share a visit of a piece o
 // Shifts of the steps of one block, and their interpolation weights.
 struct Shifts {
   int32_t whole[kRows];
-  float rest[kRows], part[kRows];  // 1 - t, t
+  float part[kRows];  // t
 };
 
-static void make_shifts(const Segment& s, int steps, int step0, Shifts& to) {
-  for (int j = 0; j < kRows; ++j) {
-    const double shift = (step0 + j - 0.5 * (steps - 1)) * s.beta;
-    const int whole = floor_int(shift);
-    to.whole[j] = whole;
-    to.part[j] = static_cast<float>(shift - whole);
-    to.rest[j] = static_cast<float>(1 - (shift - whole));
+RECON3D_INLINE void make_shifts(const Segment& s, int steps, int step0, Shifts& to) {
+  const Dbl beta = splat(s.beta);
+  for (int j = 0; j < kRows; j += kLanes) {
+    const Dbl first = ray_numbers(step0 + j) - splat(0.5 * (steps - 1));
+    const Dbl a = first * beta, b = (first + splat(8.0)) * beta, whole_a = vfloor(a), whole_b = vfloor(b);
+    store(to.whole + j, to_int(whole_a, whole_b));
+    store(to.part + j, to_float(a - whole_a, b - whole_b));
   }
 }
 
@@ -55,45 +56,41 @@ static Grid make_grid(const RadonPlan& plan, int axis, const Segment& s) {
 
 // First of the four grid cells of rays [ray, ray + 16), and the cells' weights with the step length.
 RECON3D_INLINE Int cubic_taps(const Grid& g, int ray, Vec* weight) {
-  alignas(64) int32_t node[kLanes];
-  alignas(64) float part[kLanes];
-  for (int l = 0; l < kLanes; ++l) {
-    const double at = g.first + (ray + l) * g.spacing;
-    const int whole = floor_int(at);
-    node[l] = whole;
-    part[l] = static_cast<float>(at - whole);
-  }
-  const Vec t = load(part), h = splat(g.half_length), ht = h * t;
+  const Dbl first = splat(g.first), d = splat(g.spacing);
+  const Dbl a = ray_numbers(ray) * d + first, b = ray_numbers(ray + 8) * d + first;
+  const Dbl whole_a = vfloor(a), whole_b = vfloor(b);
+  const Vec t = to_float(a - whole_a, b - whole_b), h = splat(g.half_length), ht = h * t;
   weight[0] = ht * madd(t, splat(2.0f) - t, splat(-1.0f));
   weight[1] = h * madd(t * t, madd(t, splat(3.0f), splat(-5.0f)), splat(2.0f));
   weight[2] = ht * madd(t, madd(t, splat(-3.0f), splat(4.0f)), splat(1.0f));
   weight[3] = ht * t * (t - splat(1.0f));
   // beyond the grid all four taps are zeros
-  return clamp(load(node), -4, g.size + 3) - splat(1);
+  return clamp(to_int(whole_a, whole_b), -4, g.size + 3) - splat(1);
 }
 
 constexpr int kGridPad = 8;  // zeros left of cell 0 of a grid's sum
 RECON3D_INLINE int grid_room(const RadonPlan& plan) {
-  return round_up(static_cast<int>(plan.scan.ny + plan.scan.nx) + 8, kLanes) + 2 * kGridPad + 2 * kShearTile + 2 * kRows + 64;
+  return round_up(static_cast<int>(plan.scan.ny + plan.scan.nx) + 8, kLanes) + 2 * kGridPad + 2 * kShearTile +
+         2 * kRows + 64;
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
 // Adds `rows` shifted rows to NV vectors of both sums.
 template <int NV>
-RECON3D_INLINE void add_shifted(const float* image, int64_t width, int rows, const Shifts& shifts, int middle, float* s0,
-                                float* s1) {
+RECON3D_INLINE void add_shifted(const float* image, int64_t width, int rows, const Shifts& shifts, int middle,
+                                float* s0, float* s1) {
   Vec a[NV], b[NV];
 #pragma GCC unroll 8
   for (int i = 0; i < NV; ++i) a[i] = b[i] = splat(0.0f);
   for (int j = 0; j < rows; ++j) {
     const float* p = image + j * width + (shifts.whole[j] - middle);
-    const Vec u = splat(shifts.rest[j]), v = splat(shifts.part[j]);
+    const Vec part = splat(shifts.part[j]);
 #pragma GCC unroll 8
     for (int i = 0; i < NV; ++i) {
       const Vec x = load(p + i * kLanes);
-      a[i] = madd(u, x, a[i]);
-      b[i] = madd(v, x, b[i]);
+      a[i] += x;
+      b[i] = madd(part, x, b[i]);
     }
   }
 #pragma GCC unroll 8
@@ -104,8 +101,8 @@ RECON3D_INLINE void add_shifted(const float* image, int64_t width, int rows, con
 }
 
 // Views [g0, g1) of one slice; image points at cell 0 of step 0; sums is scratch of 2 kShearGroup grid_room floats.
-static void shear_views(const RadonPlan& plan, int axis, int64_t g0, int64_t g1, const float* image, int64_t width, float* y,
-                        float* sums) {
+static void shear_views(const RadonPlan& plan, int axis, int64_t g0, int64_t g1, const float* image, int64_t width,
+                        float* y, float* sums) {
   const int steps = plan.steps(axis), n = plan.across(axis), room = grid_room(plan);
   const int cells = static_cast<int>(plan.scan.cells), count = static_cast<int>(g1 - g0);
   const Segment* segments = plan.segments[axis] + g0;
@@ -136,13 +133,30 @@ static void shear_views(const RadonPlan& plan, int axis, int64_t g0, int64_t g1,
   }
   for (int v = 0; v < count; ++v) {
     float* sum = sums + 2 * v * room + kShearPad;
-    const float* other = sum + room + 1;
-    for (int m = -kLanes; m < grid[v].size + kLanes; m += kLanes) store(sum + m, load(sum + m) + load(other + m));
+    const float* other = sum + room;
+    for (int m = -kLanes; m < grid[v].size + 2 * kLanes; m += kLanes)
+      store(sum + m, load(sum + m) + (load(other + m + 1) - load(other + m)));
     for (int r = 0; r < cells; r += kLanes) {
       Vec w[4];
       const Int node = cubic_taps(grid[v], r, w);
-      Vec total = w[0] * take(sum, node);
-      for (int e = 1; e < 4; ++e) total = madd(w[e], take(sum, node + splat(e)), total);
+      Vec total;
+#if RECON3D_LEVEL == 3
+      int base;
+      if (in_window(node + splat(kShearPad), 4, &base)) {
+        base -= kShearPad;
+        __m512i at = (__m512i)(node - splat(base));
+        const __m512 low = (__m512)load(sum + base), high = (__m512)load(sum + base + kLanes);
+        total = w[0] * (Vec)_mm512_permutex2var_ps(low, at, high);
+        for (int e = 1; e < 4; ++e) {
+          at = _mm512_add_epi32(at, _mm512_set1_epi32(1));
+          total = madd(w[e], (Vec)_mm512_permutex2var_ps(low, at, high), total);
+        }
+      } else
+#endif
+      {
+        total = w[0] * take(sum, node);
+        for (int e = 1; e < 4; ++e) total = madd(w[e], take(sum, node + splat(e)), total);
+      }
       float* to = y + segments[v].view * cells + r;
       if (cells - r >= kLanes) {
         store(to, total);
@@ -155,11 +169,12 @@ static void shear_views(const RadonPlan& plan, int axis, int64_t g0, int64_t g1,
   }
 }
 
-static void shear_forward(const RadonPlan& plan, const float* x, float* y, int64_t slices, RunRanges run) {
+static void shear_forward(const RadonPlan& plan, const float* x, float* y, int64_t slices, const RunRanges& run) {
   const int64_t image = plan.scan.ny * plan.scan.nx, sinogram = plan.scan.views * plan.scan.cells;
   for (int axis = 0; axis < 2; ++axis) {
     if (!plan.count[axis]) continue;
-    const int64_t steps = plan.steps(axis), groups = (plan.count[axis] + kShearGroup - 1) / kShearGroup;
+    const int64_t steps = plan.steps(axis), size = group_size(plan.count[axis], kShearGroup, run.threads);
+    const int64_t groups = (plan.count[axis] + size - 1) / size;
     const int width = round_up(plan.across(axis) + kShearPad + kShearTile + 2 * kRows, kLanes);
     const int64_t plane = steps * width, blocks = (steps + kLanes - 1) / kLanes;
     // as many slices at a time as keep the padded copies small
@@ -174,7 +189,7 @@ static void shear_forward(const RadonPlan& plan, const float* x, float* y, int64
       run_ranges(run, now * groups, [&](int64_t b, int64_t e) {
         Scratch sums(static_cast<size_t>(2 * kShearGroup) * grid_room(plan) * sizeof(float));
         for (int64_t item = b; item < e; ++item) {
-          const int64_t s = item / groups, g0 = item % groups * kShearGroup, g1 = g0 + kShearGroup;
+          const int64_t s = item / groups, g0 = item % groups * size, g1 = g0 + size;
           shear_views(plan, axis, g0, g1 < plan.count[axis] ? g1 : plan.count[axis],
                       memory.floats() + s * plane + kShearPad, width, y + (s0 + s) * sinogram, sums.floats());
         }
@@ -186,7 +201,8 @@ static void shear_forward(const RadonPlan& plan, const float* x, float* y, int64
 // ---- transpose ------------------------------------------------------------------------------------------------------
 
 // Views [begin, end) of (slice, segment) pairs: cubic resampling's transpose onto padded grids [slice][segment][room].
-static void spread_views(const RadonPlan& plan, int axis, const float* y, float* grids, int room, int64_t begin, int64_t end) {
+static void spread_views(const RadonPlan& plan, int axis, const float* y, float* grids, int room, int64_t begin,
+                         int64_t end) {
   const int cells = static_cast<int>(plan.scan.cells);
   for (int64_t item = begin; item < end; ++item) {
     const Segment& s = plan.segments[axis][item % plan.count[axis]];
@@ -213,8 +229,8 @@ static void spread_views(const RadonPlan& plan, int axis, const float* y, float*
 }
 
 template <int NV>
-RECON3D_INLINE void gather_shifted(const float* const* grids, const Shifts* shifts, int count, int j, int64_t cell, float* s0,
-                                   float* s1) {
+RECON3D_INLINE void gather_shifted(const float* const* grids, const Shifts* shifts, int count, int j, int64_t cell,
+                                   float* s0, float* s1) {
   Vec a[NV], b[NV];
 #pragma GCC unroll 8
   for (int i = 0; i < NV; ++i) {
@@ -223,12 +239,12 @@ RECON3D_INLINE void gather_shifted(const float* const* grids, const Shifts* shif
   }
   for (int v = 0; v < count; ++v) {
     const float* p = grids[v] + (cell - shifts[v].whole[j]);
-    const Vec u = splat(shifts[v].rest[j]), w = splat(shifts[v].part[j]);
+    const Vec part = splat(shifts[v].part[j]);
 #pragma GCC unroll 8
     for (int i = 0; i < NV; ++i) {
       const Vec x = load(p + i * kLanes);
-      a[i] = madd(u, x, a[i]);
-      b[i] = madd(w, x, b[i]);
+      a[i] += x;
+      b[i] = madd(part, x, b[i]);
     }
   }
 #pragma GCC unroll 8
@@ -239,8 +255,8 @@ RECON3D_INLINE void gather_shifted(const float* const* grids, const Shifts* shif
 }
 
 // Steps [i0, i0 + rows) of one slice; block [2][kRows][room] holds both sums from cell -1 on, and then their sum.
-static void shear_block(const RadonPlan& plan, int axis, const float* grids, int room, int i0, int rows, int across_room,
-                        float* block) {
+static void shear_block(const RadonPlan& plan, int axis, const float* grids, int room, int i0, int rows,
+                        int across_room, float* block) {
   const int steps = plan.steps(axis), n = plan.across(axis), vectors = (n + 1 + kLanes - 1) / kLanes;
   float *s0 = block, *s1 = block + kRows * across_room;
   __builtin_memset(block, 0, static_cast<size_t>(2 * kRows) * across_room * sizeof(float));
@@ -269,11 +285,12 @@ static void shear_block(const RadonPlan& plan, int axis, const float* grids, int
   }
   for (int j = 0; j < rows; ++j) {
     float *a = s0 + static_cast<int64_t>(j) * across_room, *b = s1 + static_cast<int64_t>(j) * across_room;
-    for (int k = 0; k < n; k += kLanes) store(a + k, load(a + 1 + k) + load(b + k));  // a + 1: read before it is written
+    for (int k = 0; k < n; k += kLanes)
+      store(a + k, load(a + 1 + k) + (load(b + k) - load(b + 1 + k)));  // a + 1: read before it is written
   }
 }
 
-static void shear_adjoint(const RadonPlan& plan, const float* y, float* x, int64_t slices, RunRanges run) {
+static void shear_adjoint(const RadonPlan& plan, const float* y, float* x, int64_t slices, const RunRanges& run) {
   const int64_t ny = plan.scan.ny, nx = plan.scan.nx, image = ny * nx, sinogram = plan.scan.views * plan.scan.cells;
   const int room = grid_room(plan);
   bool written = false;
