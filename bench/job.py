@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 import time
 import warnings
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from bench._common import RESULTS, Gate, Refused, Row, commit, machine, peak_mb
+from bench._common import RESULTS, Gate, Refused, Row, commit, machine
 from recon3d import baselines, demo
 from recon3d.api import reconstruct
 from recon3d.metrics import compare
@@ -41,6 +41,7 @@ def _views(views: int, slices: int | None, device: str) -> list[Row]:
     case = f"chest {job.grid.shape[0]} x {job.grid.shape[1]}², {views} views, 5e4 photons"
     seconds: dict[str, tuple[float, float]] = {}
     figures: dict[str, dict] = {}
+    peaks: dict[str, float] = {}
 
     def timed(name: str, make: Callable[[], Tensor]) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
@@ -54,6 +55,7 @@ def _views(views: int, slices: int | None, device: str) -> list[Row]:
             result = reconstruct(
                 job.y, job.geometry, job.grid, name, job.prior, noise=job.noise, device=device, accept_mismatch=True
             )
+        peaks[f"recon3d {name}"] = result.peak_memory_bytes / 1e6  # of the process so far
         share = 100 * result.timings.cpu_outside_network
         print(f"{case}: {name} {result.timings.total:.1f} s, {share:.0f} % of the processor time outside the network")
         return result.volume
@@ -72,13 +74,13 @@ def _views(views: int, slices: int | None, device: str) -> list[Row]:
     gate = Gate("RMSE in HU against the best rival's", error[ours], min(v for k, v in error.items() if k != ours))
     if not gate.passed:
         raise Refused(f"job, {case}: {gate.what} is {gate.value:.1f}, limit {gate.limit:.1f}")
-    peak = peak_mb(lambda: torch.zeros(1), device)
     wall, cpu = seconds[ours]
     return [
         Row(
             op="job", case=case, direction="volume", device=device, ours_ms=1e3 * wall, ours_cpu_ms=1e3 * cpu,
             rival=name, rival_ms=1e3 * w, rival_cpu_ms=1e3 * c, ratio=w / wall, cpu_ratio=c / cpu,
-            ours_error=error[ours], rival_error=error[name], peak_mb=peak, rival_peak_mb=peak,
+            ours_error=error[ours], rival_error=error[name],
+            peak_mb=peaks.get(ours, math.nan), rival_peak_mb=peaks.get(name, math.nan),
         )
         for name, (w, c) in seconds.items()
         if name != ours
