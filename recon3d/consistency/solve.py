@@ -159,7 +159,8 @@ class Solve:
         if self.tvz:
             _, pull = self.tvz.duals(x0, state)
             self.tvz.add_normal(r, x0, -rho_z).add_(pull, alpha=rho_z)
-        x = self._solved(apply, x0, r, rho, y, operator)
+        # D^T D lies in [0, 4]; its middle keeps the filter, which knows the plane only, from amplifying along z
+        x = self._solved(apply, x0, r, rho + 2 * rho_z, y, operator)
         if self.tvz:
             self.tvz.update(x, state)
         if level.last and self.finish == "sirt":
