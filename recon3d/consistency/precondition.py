@@ -77,19 +77,28 @@ class FilterPreconditioner:
 
     def apply(self, d: Tensor, rho: float) -> Tensor:
         """S d."""
-        out = self._filter(d, rho)
-        return out if self.root is None else out.div_(self.root)
-
-    def transpose(self, r: Tensor, rho: float) -> Tensor:
-        """S^T r."""
-        return self._filter(r if self.root is None else r / self.root, rho)
-
-    def _filter(self, v: Tensor, rho: float) -> Tensor:
-        gain = (self.spectrum + rho * self.softening).rsqrt()
-        out = torch.empty_like(v, memory_format=torch.contiguous_format)
-        for k in range(0, v.shape[0], _CHUNK):
-            out[k : k + _CHUNK] = torch.fft.irfft2(torch.fft.rfft2(v[k : k + _CHUNK]).mul_(gain), s=self.shape)
+        gain, out = self._gain(rho), torch.empty_like(d)
+        for part in _chunks(d.shape[0]):
+            filtered = self._filtered(d[part], gain)
+            out[part] = filtered if self.root is None else filtered.div_(self.root[part])
         return out
+
+    def transpose_(self, r: Tensor, rho: float) -> Tensor:
+        """S^T r, in the place of r."""
+        gain = self._gain(rho)
+        for part in _chunks(r.shape[0]):
+            r[part] = self._filtered(r[part] if self.root is None else r[part] / self.root[part], gain)
+        return r
+
+    def _gain(self, rho: float) -> Tensor:
+        return (self.spectrum + rho * self.softening).rsqrt()
+
+    def _filtered(self, v: Tensor, gain: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(v).mul_(gain), s=self.shape)
+
+
+def _chunks(n: int) -> list[slice]:
+    return [slice(k, k + _CHUNK) for k in range(0, n, _CHUNK)]
 
 
 def _radial_spectrum(z: Tensor, response: Tensor) -> Tensor:

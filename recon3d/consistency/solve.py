@@ -183,9 +183,9 @@ class Solve:
             self._filter = FilterPreconditioner.of(operator, self.weights, y)
         s = self._filter
         d = conjugate_gradients(
-            lambda p: s.transpose(apply(s.apply(p, rho)), rho),
+            lambda p: s.transpose_(apply(s.apply(p, rho)), rho),
             torch.zeros_like(x0),
-            s.transpose(r, rho),
+            s.transpose_(r, rho),
             self.iterations,
             per_slice,
             self.tolerance,
