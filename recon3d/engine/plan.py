@@ -120,14 +120,17 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True) -> Pla
     sinogram_bytes = 4 * problem.y.numel()
     duals = _DUAL_VOLUMES if recipe.regulariser.kind == "tvz" else 0
     weights = sinogram_bytes if problem.noise is not None and _full_weights(problem) else 0
-    prior_phase = (_PRIOR_VOLUMES + duals) * voxel_bytes + activations
-    extra = duals  # the split's right-hand side and its difference
-    data_phase = (_DATA_VOLUMES + duals + extra) * voxel_bytes + _DATA_SINOGRAMS * sinogram_bytes
+    # the preconditioner keeps a map of the rays' weights, and one filtered direction in the data term
+    kept = 1 if recipe.consistency.precondition != "none" else 0
+    kept += duals
+    prior_phase = (_PRIOR_VOLUMES + kept) * voxel_bytes + activations
+    extra = kept  # the split's right-hand side and its difference; the filtered direction
+    data_phase = (_DATA_VOLUMES + kept + extra) * voxel_bytes + _DATA_SINOGRAMS * sinogram_bytes
     if prior_phase >= data_phase:
-        parts = {"volumes": (_PRIOR_VOLUMES + duals) * voxel_bytes, "activations": activations, "weights": weights}
+        parts = {"volumes": (_PRIOR_VOLUMES + kept) * voxel_bytes, "activations": activations, "weights": weights}
     else:
         parts = {
-            "volumes": (_DATA_VOLUMES + duals + extra) * voxel_bytes,
+            "volumes": (_DATA_VOLUMES + kept + extra) * voxel_bytes,
             "sinograms": _DATA_SINOGRAMS * sinogram_bytes,
             "weights": weights,
         }
