@@ -8,7 +8,7 @@ last slice (Neumann). Source: Chung et al., DiffusionMBIR (CVPR 2023), with the 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ class TVz:
     threshold: float
     factor: float = 1.0
     periodic: bool = False
-    _split: Tensor | None = field(default=None, repr=False)   # scratch: overwritten by every update, never read
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -53,6 +52,4 @@ class TVz:
     def update(self, x: Tensor, state: MutableMapping[str, Tensor]) -> None:
         """The split and dual update after a solve, in place in the state."""
         w, g = self.duals(x, state)
-        if self._split is None or self._split.shape != x.shape or self._split.device != x.device:
-            self._split = torch.empty_like(x)
-        ops.tvz_update_(x, self._split, w, g, self.threshold, self.factor, self.periodic)
+        ops.tvz_update_(x, None, w, g, self.threshold, self.factor, self.periodic)
