@@ -189,7 +189,10 @@ def plan_job(config: JobConfig, probe: bool = True) -> planning.Plan:
     config = resolve(config)
     events = Events()
     problem = load_problem(config, events)
-    return planning.predict(problem, config.compute, probe=probe)
+    job = problem.job()  # its weights are part of what the process holds
+    found = planning.predict(problem, config.compute, probe=probe, picture=config.output.preview)
+    del job
+    return found
 
 
 def resolve(config: JobConfig) -> JobConfig:
@@ -234,7 +237,7 @@ def _execute(
 ) -> Result:
     sentences = problem.check()
     job = problem.job()
-    plan = planning.predict(problem, compute, probe=False)
+    plan = planning.predict(problem, compute, probe=False, picture=run is not None and output.preview)
     if plan.short_of_memory and not force:
         raise ResourceError(plan.short_of_memory)
     # from here on the job is sound, and a folder may be made

@@ -2,6 +2,7 @@
 exists, so an attempt costs milliseconds instead of an import.
 
     python tests/survivors.py kills|signals FOLDER      -> JSON on stdout
+    python tests/survivors.py memory FOLDER RECIPE
 """
 
 from __future__ import annotations
@@ -202,6 +203,25 @@ def signals(root: Path) -> dict:
     return {"codes": codes, "delays": delays, "seconds": length}
 
 
+def memory(root: Path, recipe: str) -> dict:
+    """Predicted and observed peak of a job whose volumes are a good part of its memory."""
+    from recon3d.engine.memory import peak_resident_bytes, tame_allocator
+    from recon3d.recipes import load_recipe
+
+    tame_allocator()
+    grid, scan = VolumeGrid((64, 224, 224), (2.0, 1.0, 1.0)), ParallelBeam(equiangular(60), 320, 1.0)
+    y = torch.rand(64, 60, 320, generator=torch.Generator().manual_seed(0))
+    events: list[dict] = []
+    method = load_recipe(recipe, {"trajectory.levels": 2})
+    reconstruct(
+        y, scan, grid, method, tiny_prior(root / "prior"), noise=PoissonNoise(1e5), device="cpu", workers=2,
+        listeners=(events.append,), accept_mismatch=True,
+    )  # fmt: skip
+    told = next(e for e in events if e["event"] == "plan")
+    before = told["parts_bytes"]["process with data and prior"]
+    return {"predicted": told["host_bytes"], "observed": peak_resident_bytes(), "before": before}
+
+
 if __name__ == "__main__":
     scenario, place = sys.argv[1], Path(sys.argv[2])
-    print(json.dumps({"kills": kills, "signals": signals}[scenario](place)))
+    print(json.dumps({"kills": kills, "signals": signals, "memory": memory}[scenario](place, *sys.argv[3:])))

@@ -8,6 +8,7 @@ unfinished views run again.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -160,9 +161,9 @@ class Executor:
             with torch.inference_mode():
                 return prior.denoise(rows, sigma) if cond is None else prior.denoise(rows, sigma, cond)
 
-        def finish(x0: Tensor, view: Any) -> None:
+        def finish(x0: Tensor, view: Any, ok: bool) -> None:
             nonlocal done
-            if not bool(torch.isfinite(x0).all()):
+            if not ok:
                 raise NonFiniteError("the prior", level, _first_slice(view, done))
             planes.scatter(out, x0, view)
             done += 1
@@ -194,23 +195,27 @@ class Executor:
         u: Tensor,
         views: Sequence[Any],
         batch: int,
-        finish: Callable[[Tensor, Any], None],
+        finish: Callable[[Tensor, Any, bool], None],
         done: Callable[[], int],
     ) -> None:
         """CPU: `batch` views in flight, one slice at a time each; results are scattered in order."""
         if self._pool is None:
             self._pool = _single_threaded_pool(self.workers)
 
-        def work(view: Any) -> Tensor:
+        def work(view: Any) -> tuple[Tensor, bool]:
             if torch.get_num_threads() != 1:
                 torch.set_num_threads(1)
             rows = planes.gather(u, view)
             # cloned: a slice starts on an aligned address wherever it lies in the stack
-            return torch.cat([denoise(row.clone(memory_format=torch.contiguous_format)) for row in rows.split(1)])
+            x0 = torch.cat([denoise(row.clone(memory_format=torch.contiguous_format)) for row in rows.split(1)])
+            return x0, finite(x0)
 
-        pending: dict[int, Future[Tensor]] = {}
+        pending: dict[int, Future[tuple[Tensor, bool]]] = {}
         following = done()
         flight = min(batch, self.workers)
+        # this thread only copies slices meanwhile; waking others for that would take cores from the workers
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
             while done() < len(views):
                 if self.stop():
@@ -225,10 +230,11 @@ class Executor:
                 if not first.done():
                     wait([f for f in pending.values() if not f.done()], 0.2, FIRST_COMPLETED)
                     continue
-                result = first.result()
+                x0, ok = first.result()
                 del pending[done()]
-                finish(result, views[done()])
+                finish(x0, views[done()], ok)
         finally:
+            torch.set_num_threads(before)
             for future in pending.values():
                 future.cancel()
             wait([future for future in pending.values() if not future.cancelled()])
@@ -240,7 +246,7 @@ class Executor:
         u: Tensor,
         views: Sequence[Any],
         batch: int,
-        finish: Callable[[Tensor, Any], None],
+        finish: Callable[[Tensor, Any, bool], None],
         done: Callable[[], int],
     ) -> None:
         """CUDA: groups of views filled up to `batch` rows with copies of the last row."""
@@ -264,12 +270,20 @@ class Executor:
             x0 = denoise(torch.cat(parts))
             first = 0
             for view, part in zip(group, parts, strict=False):
-                finish(x0[first : first + part.shape[0]], view)
+                rows0 = x0[first : first + part.shape[0]]
+                finish(rows0, view, finite(rows0))
                 first += part.shape[0]
+
+
+def finite(x: Tensor) -> bool:
+    """Whether all of x is finite: a sum tells in one pass, unless it overflows and every value has to be asked."""
+    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def check_finite(x: Tensor, stage: str, level: int) -> None:
     """Raise NonFiniteError naming the first slice of x, [z, y, x], that holds NaN or infinity."""
+    if finite(x):
+        return
     for index in range(x.shape[0]):
         if not bool(torch.isfinite(x[index]).all()):
             raise NonFiniteError(stage, level, index)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+import torch
 from torch import Tensor
 
 from recon3d.engine import loop
@@ -17,6 +18,9 @@ from recon3d.engine.checkpoint import Checkpoint
 from recon3d.engine.events import Events
 from recon3d.engine.executor import Executor, Interrupted, NonFiniteError, check_finite
 from recon3d.operators.ct import CTOperator
+
+# slices filtered at once; the projectors work on so many side by side
+_SLAB = 16
 
 
 @dataclass
@@ -103,8 +107,14 @@ class TimedCT(CTOperator):
         return self._timed(super().adjoint, y)
 
     def pinv(self, y: Tensor) -> Tensor:
-        """As CTOperator."""
-        return self._timed(super().pinv, y)
+        """As CTOperator, a slab at a time: filtering takes ten times the memory of what it filters."""
+        direct = super().pinv
+        if y.ndim != 3 or y.shape[0] <= _SLAB:
+            return self._timed(direct, y)
+        out = torch.empty((y.shape[0], *self.domain.shape[1:]), dtype=y.dtype, device=y.device)
+        for first in range(0, y.shape[0], _SLAB):
+            out[first : first + _SLAB] = self._timed(direct, y[first : first + _SLAB])
+        return out
 
     def _timed(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         start = time.perf_counter()

@@ -22,11 +22,19 @@ from recon3d.engine.memory import available_bytes, peak_above, resident_bytes, t
 if TYPE_CHECKING:
     from recon3d.engine.problem import Problem
 
-# volumes alive at once, see the loop: while the prior runs, u and x0; in the data term also x, r, p and A^T A p
-_PRIOR_VOLUMES, _DATA_VOLUMES = 2, 6
-_DUAL_VOLUMES = 2
-# sinograms made in the data term: A p, and its weighted copy
+# volumes alive at once, see loop.py and consistency/solve.py: u and x0 while the prior runs; in the data term also x,
+# r, p and A^T A p; with the filter preconditioner its map, the outer residual, the filter's argument and answer
+_PRIOR_VOLUMES, _DATA_VOLUMES, _FILTER_VOLUMES = 2, 6, 5
+# split and dual of total variation along z; the pull towards them and its difference in the data term
+_DUAL_VOLUMES, _PULL_VOLUMES = 2, 2
+# the misfit and A x
 _DATA_SINOGRAMS = 2
+# sinograms and volumes of complex numbers that filtering one slab takes: padded transforms there and back
+_FILTERED, _FILTER_SLAB, _SPECTRA, _SPECTRUM_SLAB = 10, 16, 5, 8
+# code and tables that load on first use, and gaps in the heap: 15 to 35 MiB measured over recipes and sizes
+_OVERHEAD = 24 << 20
+# picture: filtered back projection, both volumes in HU, and the plotting library
+_PICTURE_VOLUMES, _PICTURE_BYTES = 5, 70 << 20
 
 
 @dataclass(frozen=True)
@@ -96,13 +104,14 @@ class Plan:
         return "\n".join([*lines, *([f"does not fit: {short}"] if short else [])])
 
 
-def predict(problem: Problem, compute: ComputeConfig, probe: bool = True) -> Plan:
+def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, picture: bool = False) -> Plan:
     """Predict peak memory and time.
 
     Args:
-        problem: what is to be reconstructed; its measurement and prior are in memory already.
+        problem: what is to be reconstructed; its measurement, weights and prior are in memory already.
         compute: the machine's settings.
         probe: also time the prior and the projector; a second or two.
+        picture: count a preview too.
 
     Returns:
         The plan; `short_of_memory` says whether it fits.
@@ -111,42 +120,64 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True) -> Pla
     workers = compute.workers or usable_cores()
     batch = compute.batch_size or (8 if cuda else workers)
     flight = min(batch if cuda else min(batch, workers), problem.grid.shape[0])
-    trim()  # what reading left behind is not the job's
-    resident = resident_bytes()
-    recipe = problem.recipe.resolved()
     levels = len(_levels(problem))
     activations, seconds_by = _probe(problem, compute, flight, workers, probe, levels)
-    voxel_bytes = 4 * problem.grid.shape[0] * problem.grid.shape[1] * problem.grid.shape[2]
-    sinogram_bytes = 4 * problem.y.numel()
-    duals = _DUAL_VOLUMES if recipe.regulariser.kind == "tvz" else 0
-    weights = sinogram_bytes if problem.noise is not None and _full_weights(problem) else 0
-    # the preconditioner keeps a map of the rays' weights, and one filtered direction in the data term
-    kept = 1 if recipe.consistency.precondition != "none" else 0
-    kept += duals
-    prior_phase = (_PRIOR_VOLUMES + kept) * voxel_bytes + activations
-    extra = kept  # the split's right-hand side and its difference; the filtered direction
-    data_phase = (_DATA_VOLUMES + kept + extra) * voxel_bytes + _DATA_SINOGRAMS * sinogram_bytes
-    if prior_phase >= data_phase:
-        parts = {"volumes": (_PRIOR_VOLUMES + kept) * voxel_bytes, "activations": activations, "weights": weights}
-    else:
-        parts = {
-            "volumes": (_DATA_VOLUMES + kept + extra) * voxel_bytes,
-            "sinograms": _DATA_SINOGRAMS * sinogram_bytes,
-            "weights": weights,
-        }
-    work = sum(parts.values())
+    trim()  # what reading and the probe left behind is not the job's
+    resident = resident_bytes()
+    phases = _phases(problem, activations, picture and not cuda)
+    parts = max(phases.values(), key=lambda found: sum(found.values()))
+    budget = None if compute.memory_budget_gib is None else int(compute.memory_budget_gib * 2**30)
+    seconds = sum(seconds_by.values()) * 1.03 if seconds_by else None
+    device_bytes = free = 0
     if cuda:
-        free, _ = torch.cuda.mem_get_info(problem.device)
-        host = {"process with data and prior": resident, "volume on the host": voxel_bytes}
-        return Plan(
-            sum(host.values()), work + sinogram_bytes, host, _total(seconds_by), levels, "cuda", available_bytes(),
-            int(free), _budget(compute), resident, seconds_by,
-        )  # fmt: skip
+        device_bytes = sum(parts.values()) + 4 * problem.y.numel()
+        free = int(torch.cuda.mem_get_info(problem.device)[0])
+        parts = {"volume on the host": _volume_bytes(problem)}
     parts = {"process with data and prior": resident, **{name: size for name, size in parts.items() if size}}
+    parts["code and heap gaps"] = _OVERHEAD
     return Plan(
-        sum(parts.values()), 0, parts, _total(seconds_by), levels, "cpu", available_bytes(), 0, _budget(compute),
-        resident, seconds_by,
-    )  # fmt: skip
+        host_bytes=sum(parts.values()),
+        device_bytes=device_bytes,
+        parts=parts,
+        seconds=seconds,
+        levels=levels,
+        device=problem.device.type,
+        available=available_bytes(),
+        device_available=free,
+        budget=budget,
+        resident=resident,
+        seconds_by=seconds_by,
+    )
+
+
+def _phases(problem: Problem, activations: int, picture: bool) -> dict[str, dict[str, int]]:
+    """Bytes beyond the process itself in each phase, by what they are for."""
+    recipe = problem.recipe.resolved()
+    volume, sinogram, depth = _volume_bytes(problem), 4 * problem.y.numel(), problem.grid.shape[0]
+    tv = recipe.regulariser.kind == "tvz"
+    duals = _DUAL_VOLUMES if tv else 0
+    data = {
+        "volumes": (_DATA_VOLUMES + duals + (_PULL_VOLUMES if tv else 0)) * volume,
+        "sinograms": _DATA_SINOGRAMS * sinogram,
+    }
+    filtered = recipe.consistency.precondition == "filter"
+    if filtered:
+        data["volumes"] += _FILTER_VOLUMES * volume
+        data["spectra"] = _SPECTRA * volume * min(_SPECTRUM_SLAB, depth) // depth
+    prior_volumes = _PRIOR_VOLUMES + duals + (1 if filtered else 0)
+    phases = {
+        "prior": {"volumes": prior_volumes * volume, "activations": activations},
+        "data": data,
+        "start": {"volumes": 2 * volume, "filtering": _FILTERED * sinogram * min(_FILTER_SLAB, depth) // depth},
+    }
+    if picture:
+        phases["picture"] = {"volumes": _PICTURE_VOLUMES * volume, "plotting": _PICTURE_BYTES}
+    return phases
+
+
+def _volume_bytes(problem: Problem) -> int:
+    nz, ny, nx = problem.grid.shape
+    return 4 * nz * ny * nx
 
 
 def _probe(
@@ -167,13 +198,16 @@ def _probe(
             with peak_above() as peak:
                 executor.denoise(problem.prior, _Rows(), x, views, sigma)
             activations = peak[0]
-        if not timed:
-            return activations, {}
-        executor.seconds = 0.0
-        executor.denoise(problem.prior, _Rows(), x, views, sigma)  # the first pass may have compiled or tuned
         network = executor.seconds / flight
+        if timed:  # the first pass may have compiled or tuned
+            executor.seconds = 0.0
+            executor.denoise(problem.prior, _Rows(), x, views, sigma)
+            network = executor.seconds / flight
     operator = problem.operator()
+    operator.pinv(operator(x[:1]))  # the first call loads kernels and tables, which then count as the process's
     operator.adjoint(operator(x))
+    if not timed:
+        return activations, {}
     start = time.perf_counter()
     operator.adjoint(operator(x))
     if x.is_cuda:
@@ -197,19 +231,6 @@ def _levels(problem: Problem) -> list[Any]:
     from recon3d.engine.assemble import levels
 
     return list(levels(problem.recipe.resolved().trajectory, problem.prior.scale))
-
-
-def _full_weights(problem: Problem) -> bool:
-    assert problem.noise is not None
-    return problem.noise.weights(problem.y[:1, :1, :2]).numel() > 1
-
-
-def _total(seconds_by: dict[str, float]) -> float | None:
-    return sum(seconds_by.values()) * 1.03 if seconds_by else None
-
-
-def _budget(compute: ComputeConfig) -> int | None:
-    return None if compute.memory_budget_gib is None else int(compute.memory_budget_gib * 2**30)
 
 
 def _gib(size: int) -> str:

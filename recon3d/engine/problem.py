@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recon3d.config import ConfigError, GridConfig, JobConfig, validate
 from recon3d.engine.events import Events
+from recon3d.engine.executor import finite
 from recon3d.engine.job import TimedCT
 from recon3d.geometry import GeometryWarning, ScanGeometry, VolumeGrid
 from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise, estimate_noise
@@ -63,7 +64,7 @@ class Scan:
                 f"expected [slice, view, u] = {expected}"
             )
         for k in range(expected[0]):
-            if not bool(torch.isfinite(self.y[k]).all()):
+            if not finite(self.y[k]):
                 raise ValueError(f"sinogram: slice {k} holds NaN or infinity; replace dead cells before reconstruction")
         return self.geometry.check(self.grid)
 

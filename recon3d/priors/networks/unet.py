@@ -166,7 +166,8 @@ def _zero(conv: nn.Conv2d) -> None:
 
 def _frequencies() -> Tensor:
     # periods from 8 down to 1/4 in units of c_noise: sigma apart by a factor 2.7 is told apart by the finest
-    return 2 * math.pi * torch.logspace(math.log10(1 / 8), math.log10(4), _FREQUENCIES)
+    # on the CPU even while a network is built on "meta", where logspace would import the compiler: two seconds
+    return 2 * math.pi * torch.logspace(math.log10(1 / 8), math.log10(4), _FREQUENCIES, device="cpu")
 
 
 def _fp32(x: Tensor) -> Any:
