@@ -200,7 +200,7 @@ RECON3D_INLINE void gather16(const float* in, int64_t apart, int n, int count, i
 RECON3D_INLINE void scatter16(Vec* v, float* out, int64_t apart, int n, int count) {
   transpose(v);
   if (count == kLanes) {
-    for (int l = 0; l < n; ++l) store(out + l * apart, v[l]);
+    for (int l = 0; l < n; ++l) store_through(out + l * apart, v[l]);
   } else {
     for (int l = 0; l < n; ++l) {
       alignas(64) float line[kLanes];
@@ -447,6 +447,7 @@ static void forward_slices(const RadonPlan& plan, const FanTables& tables, int a
       scatter16(v, y + s.view * cells + r, sinogram, slices, least(kLanes, s.last - r));
     }
   }
+  finish_stores();
 }
 
 static void forward_many(const RadonPlan& plan, const FanTables& tables, const float* x, float* y, int slices,

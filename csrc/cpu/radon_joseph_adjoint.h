@@ -594,6 +594,7 @@ static void adjoint_many(const RadonPlan& plan, const FanTables& tables, const f
         }
       }
     }
+    finish_stores();
   });
 }
 

@@ -228,14 +228,15 @@ static void spread_views(const RadonPlan& plan, int axis, const float* y, float*
   }
 }
 
+// Adds `count` views to step j of NV vectors of both sums, or starts the sums.
 template <int NV>
 RECON3D_INLINE void gather_shifted(const float* const* grids, const Shifts* shifts, int count, int j, int64_t cell,
-                                   float* s0, float* s1) {
+                                   bool start, float* s0, float* s1) {
   Vec a[NV], b[NV];
 #pragma GCC unroll 8
   for (int i = 0; i < NV; ++i) {
-    a[i] = load(s0 + i * kLanes);
-    b[i] = load(s1 + i * kLanes);
+    a[i] = start ? splat(0.0f) : load(s0 + i * kLanes);
+    b[i] = start ? splat(0.0f) : load(s1 + i * kLanes);
   }
   for (int v = 0; v < count; ++v) {
     const float* p = grids[v] + (cell - shifts[v].whole[j]);
@@ -259,7 +260,6 @@ static void shear_block(const RadonPlan& plan, int axis, const float* grids, int
                         int across_room, float* block) {
   const int steps = plan.steps(axis), n = plan.across(axis), vectors = (n + 1 + kLanes - 1) / kLanes;
   float *s0 = block, *s1 = block + kRows * across_room;
-  __builtin_memset(block, 0, static_cast<size_t>(2 * kRows) * across_room * sizeof(float));
   Shifts shifts[kShearGroup];
   const float* from[kShearGroup];
   for (int64_t g0 = 0; g0 < plan.count[axis]; g0 += kShearGroup) {
@@ -275,10 +275,11 @@ static void shear_block(const RadonPlan& plan, int axis, const float* grids, int
       for (int j = 0; j < rows; ++j) {
         const int64_t at = static_cast<int64_t>(j) * across_room + t * kLanes;
         if (nv == kShearVectors)
-          gather_shifted<kShearVectors>(from, shifts, count, j, cell, s0 + at, s1 + at);
+          gather_shifted<kShearVectors>(from, shifts, count, j, cell, !g0, s0 + at, s1 + at);
         else
           for (int k = 0; k < nv; ++k)
-            gather_shifted<1>(from, shifts, count, j, cell + k * kLanes, s0 + at + k * kLanes, s1 + at + k * kLanes);
+            gather_shifted<1>(from, shifts, count, j, cell + k * kLanes, !g0, s0 + at + k * kLanes,
+                              s1 + at + k * kLanes);
       }
       t += nv;
     }
@@ -293,16 +294,21 @@ static void shear_block(const RadonPlan& plan, int axis, const float* grids, int
 static void shear_adjoint(const RadonPlan& plan, const float* y, float* x, int64_t slices, const RunRanges& run) {
   const int64_t ny = plan.scan.ny, nx = plan.scan.nx, image = ny * nx, sinogram = plan.scan.views * plan.scan.cells;
   const int room = grid_room(plan);
-  bool written = false;
-  for (int axis = 0; axis < 2; ++axis) {
-    if (!plan.count[axis]) continue;
-    const int steps = plan.steps(axis), n = plan.across(axis), blocks = (steps + kRows - 1) / kRows;
-    const int across_room = round_up(n + 1, kLanes) + kLanes;
-    const int64_t plane = plan.count[axis] * room;
-    int64_t some = (int64_t{16} << 20) / (plane * static_cast<int64_t>(sizeof(float)));
-    some = some < 1 ? 1 : (some > slices ? slices : some);
-    for (int64_t first = 0; first < slices; first += some) {
-      const int64_t now = slices - first < some ? slices - first : some;
+  // a few slices at a time: the second axis adds to images that the first has left in the cache
+  const int64_t most_views = plan.count[0] > plan.count[1] ? plan.count[0] : plan.count[1];
+  const int64_t per_slice = (image + 1) * 8, grids = (most_views * room + 1) * static_cast<int64_t>(sizeof(float));
+  int64_t some = (int64_t{2} << 20) * run.threads / per_slice, room_for = (int64_t{32} << 20) / grids;
+  some = some < run.threads ? run.threads : some;
+  some = some > room_for ? (room_for < 1 ? 1 : room_for) : some;
+  if (!plan.count[0] && !plan.count[1]) __builtin_memset(x, 0, static_cast<size_t>(slices * image) * sizeof(float));
+  for (int64_t first = 0; first < slices; first += some) {
+    const int64_t now = slices - first < some ? slices - first : some;
+    bool written = false;
+    for (int axis = 0; axis < 2; ++axis) {
+      if (!plan.count[axis]) continue;
+      const int steps = plan.steps(axis), n = plan.across(axis), blocks = (steps + kRows - 1) / kRows;
+      const int across_room = round_up(n + 1, kLanes) + kLanes;
+      const int64_t plane = plan.count[axis] * room;
       Scratch memory(static_cast<size_t>(now * plane + 4 * kShearTile) * sizeof(float));
       run_ranges(run, now * plan.count[axis], [&](int64_t b, int64_t e) {
         spread_views(plan, axis, y + first * sinogram, memory.floats(), room, b, e);
@@ -338,8 +344,7 @@ static void shear_adjoint(const RadonPlan& plan, const float* y, float* x, int64
             }
         }
       });
+      written = true;
     }
-    written = true;
   }
-  if (!written) __builtin_memset(x, 0, static_cast<size_t>(slices * image) * sizeof(float));
 }

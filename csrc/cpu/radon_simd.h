@@ -26,6 +26,15 @@ RECON3D_INLINE int least(int a, int b) { return a < b ? a : b; }
 RECON3D_INLINE int most(int a, int b) { return a > b ? a : b; }
 
 #if RECON3D_LEVEL == 3
+// A result that nobody here reads again: past the caches, where slices a power of two apart crowd each other out.
+RECON3D_INLINE void store_through(float* p, Vec v) {
+  if (reinterpret_cast<uintptr_t>(p) & 63)
+    store(p, v);
+  else
+    _mm512_stream_ps(p, (__m512)v);
+}
+// Before another thread may read what store_through wrote.
+RECON3D_INLINE void finish_stores() { _mm_sfence(); }
 RECON3D_INLINE Vec madd(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 RECON3D_INLINE Vec vmax(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
 RECON3D_INLINE Vec vabs(Vec a) { return (Vec)_mm512_abs_ps((__m512)a); }
@@ -48,6 +57,8 @@ RECON3D_INLINE Vec to_float(Dbl a, Dbl b) {
   return (Vec)_mm512_insertf64x4(_mm512_castpd256_pd512(low), high, 1);
 }
 #else
+RECON3D_INLINE void store_through(float* p, Vec v) { store(p, v); }
+RECON3D_INLINE void finish_stores() {}
 RECON3D_INLINE Dbl vfloor(Dbl v) {
   const Dbl whole = __builtin_convertvector(__builtin_convertvector(v, Half), Dbl);
   return whole > v ? whole - splat(1.0) : whole;
