@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from recon3d.io import BadInput
 from recon3d.priors import load_prior
 from recon3d.priors.checkpoints.atomic import write_bytes
 from recon3d.priors.training import TrainConfig, train
@@ -172,6 +173,14 @@ def test_slices_are_thickened_only_where_allowed(raw):
     assert bool((torch.cdist(seen[:, None], allowed[:, None]).amin(dim=1) < 1e-6).all())
 
 
+@pytest.mark.parametrize("content", [None, b"", b"\x1f\x8b\x08 cut short", b"x" * 400])
+def test_volumes_that_cannot_be_read(raw, tmp_path, content):
+    if content is not None:
+        (tmp_path / "bad.nii.gz").write_bytes(content)
+    with pytest.raises(BadInput, match=r"bad\.nii\.gz: cannot be read"):
+        load_volume(tmp_path / "bad.nii.gz", _config(raw).data)
+
+
 @pytest.mark.parametrize("values", [np.zeros((4, 4), np.float32), np.full((4, 4, 4), np.nan, np.float32)])
 def test_volumes_that_cannot_train(raw, tmp_path, values):
     nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "bad.nii.gz")
@@ -315,8 +324,6 @@ def test_another_configuration_does_not_resume(raw):
 def test_a_damaged_checkpoint_is_named(raw):
     result = train(_config(raw, steps=2))
     (result.out / "checkpoint.safetensors").write_bytes(b"not a checkpoint")
-    from recon3d.io import BadInput
-
     with pytest.raises(BadInput, match=r"checkpoint\.safetensors"):
         train(_config(raw, steps=4))
 

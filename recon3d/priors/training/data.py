@@ -7,6 +7,7 @@ resumed run sees the crops an uninterrupted one would have seen.
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from recon3d.io import BadInput
 from recon3d.priors.training.config import DataConfig, TrainConfig
 
 __all__ = ["SliceData", "Volume", "load_volume"]
@@ -37,12 +39,18 @@ def load_volume(path: Path, data: DataConfig, weight: float = 1.0, max_block_z: 
     """A NIfTI volume turned to [z, y, x] = (superior, posterior, left), clipped and mapped to network units.
 
     Raises:
+        BadInput: the file cannot be read.
         ValueError: the file is not a 3D volume, has no finite values or a spacing that is not positive.
     """
     import nibabel
+    from nibabel.filebasedimages import ImageFileError
 
-    image = nibabel.load(path)
-    values = np.asarray(image.dataobj, dtype=np.float32)
+    try:
+        image = nibabel.load(path)
+        values = np.asarray(image.dataobj, dtype=np.float32)
+    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+        why = f"cannot be read as a NIfTI volume ({str(error).splitlines()[0]})"
+        raise BadInput(path, why, "check data.root and the file") from None
     if values.ndim != 3:
         raise ValueError(f"training data {path}: expected a 3D volume, got {values.ndim} axes")
     start = nibabel.orientations.io_orientation(image.affine)
