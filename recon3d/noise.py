@@ -34,9 +34,7 @@ def independent(n_slices: int, *, seed: int = 0, level: int = 0, first_slice: in
     """
     _check_slices("independent", n_slices)
     index = torch.arange(first_slice, first_slice + n_slices)
-    return NoiseKey(
-        seed, level, torch.stack([index, index], 1), torch.tensor([[1.0, 0.0]]).repeat(n_slices, 1)
-    )
+    return NoiseKey(seed, level, torch.stack([index, index], 1), torch.tensor([[1.0, 0.0]]).repeat(n_slices, 1))
 
 
 def iscs(n_slices: int, *, seed: int = 0, level: int = 0) -> NoiseKey:
@@ -47,11 +45,7 @@ def iscs(n_slices: int, *, seed: int = 0, level: int = 0) -> NoiseKey:
     exactly unit variance.
     """
     _check_slices("iscs", n_slices)
-    t = (
-        torch.linspace(0, 1, n_slices, dtype=torch.float64)
-        if n_slices > 1
-        else torch.zeros(n_slices).double()
-    )
+    t = torch.linspace(0, 1, n_slices, dtype=torch.float64) if n_slices > 1 else torch.zeros(n_slices).double()
     return _between(torch.zeros(n_slices, dtype=torch.int64), t, seed, level)
 
 

@@ -127,7 +127,7 @@ class Renoise:
         if level.kind == "travel" or level.sigma_next == 0:
             # a finished image gets no noise; a travelling state has its noise from the data term
             return u.copy_(x0c)
-        a, b = 1 - 2 * self.snr**2, 2 * self.snr   # a corrector's h = 2 (snr sigma)^2 in the common formula
+        a, b = 1 - 2 * self.snr**2, 2 * self.snr  # a corrector's h = 2 (snr sigma)^2 in the common formula
         from_corrected = self.direction == "corrected"
         if level.kind == "correct":
             if self.norms != "expected":
@@ -149,9 +149,7 @@ class Renoise:
         )
 
 
-def langevin(
-    u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, norms: Norms = "slice"
-) -> Tensor:
+def langevin(u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, norms: Norms = "slice") -> Tensor:
     """One Langevin corrector step along score = (x0 - u) / sigma^2, in place.
 
     A slice whose score is exactly zero stays where it is.

@@ -73,9 +73,7 @@ def test_resumes_to_the_same_bits_from_any_level(name):
     job = a_job(name, **small)
     state = begin(job)
     for level in run(job, state):
-        saved = dataclasses.replace(
-            state, u=state.u.clone(), duals={k: v.clone() for k, v in state.duals.items()}
-        )
+        saved = dataclasses.replace(state, u=state.u.clone(), duals={k: v.clone() for k, v in state.duals.items()})
         again = a_job(name, **small)  # a new process has nothing but the saved state
         for _ in run(again, saved):
             pass
@@ -125,11 +123,7 @@ def test_identity_prior_and_krylov_reproduce_conjugate_gradients():
 
 def test_constant_stack_is_untouched_by_tv():
     operator = scanner()
-    x = (
-        torch.randn(1, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
-        .expand(DEPTH, -1, -1)
-        .contiguous()
-    )
+    x = torch.randn(1, ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)).expand(DEPTH, -1, -1).contiguous()
     part = Solve(3, tvz=TVz(0.1), rho_z_rel=0.5)
     state = {}
     level = descend([1.0])[0]
@@ -144,9 +138,7 @@ def test_proximal_solution_is_the_closed_form():
     x, y = measured(operator)
     weights = torch.linspace(0.5, 2.0, RAYS, dtype=torch.float64).expand_as(y)
     level = descend([0.7])[0]
-    got = Solve(200, rho=Rho("bayes", 1.0, prior_std=2.0), weights=weights).step(
-        0 * x, y, operator, level, {}
-    )
+    got = Solve(200, rho=Rho("bayes", 1.0, prior_std=2.0), weights=weights).step(0 * x, y, operator, level, {})
     a = operator.matrix
     rho = 1 / 0.7**2 + 1 / 2.0**2
     matrix = a.T @ (weights[0, 0][:, None] * a) + rho * torch.eye(ROWS * COLUMNS, dtype=torch.float64)
@@ -165,7 +157,7 @@ def test_preconditioner_reaches_the_same_solution_sooner(uniform):
     generator = torch.Generator().manual_seed(2)
     y = torch.randn(operator.range.shape, generator=generator, dtype=torch.float64)
     weights = torch.ones(1, 1, 1, dtype=torch.float64)
-    if not uniform:   # rays through the middle are dark, as in a patient
+    if not uniform:  # rays through the middle are dark, as in a patient
         u = torch.linspace(-1, 1, 41, dtype=torch.float64)
         weights = (3 * u**2).exp().expand(operator.range.shape).contiguous()
     x0 = torch.randn(operator.domain.shape, generator=generator, dtype=torch.float64)
@@ -282,9 +274,7 @@ def test_strengths_follow_the_priors_unit():
 
 @pytest.mark.parametrize("rule", [DDIM(0.85, "dds"), DDIM(1.0), Ancestral(), Ancestral("large"), Full()])
 def test_last_step_adds_no_noise(rule):
-    job = dataclasses.replace(
-        a_job("dds", trajectory__levels=3), renoise=Renoise(rule), consistency=Identity()
-    )
+    job = dataclasses.replace(a_job("dds", trajectory__levels=3), renoise=Renoise(rule), consistency=Identity())
     state = begin(job)
     *_, _ = run(job, dataclasses.replace(state, u=state.u.clone()))
     seen = {}
@@ -320,9 +310,7 @@ def test_not_a_number_is_named():
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("name", recipe_names())
 def test_one_slice_and_two(name, depth):
-    assert (
-        reconstruct(a_job(name, depth=depth, **SMALL.get(name, {"trajectory__levels": 3}))).isfinite().all()
-    )
+    assert reconstruct(a_job(name, depth=depth, **SMALL.get(name, {"trajectory__levels": 3}))).isfinite().all()
 
 
 def test_one_ray_and_zero_data():

@@ -32,9 +32,7 @@ def test_few_measured_views_beat_fbp_and_sirt(data, name):
         operator = CTOperator(job.geometry, job.grid)
         plain = fbp(job.y, job.geometry, job.grid.slice_shape, job.grid.pixel_mm, window="hann")
         sirt = baselines.sirt(job.y, operator, iterations=100, weights=job.noise.weights(job.y))
-        result = reconstruct(
-            job.y, job.geometry, job.grid, "ct", job.prior, noise=job.noise, accept_mismatch=True
-        )
+        result = reconstruct(job.y, job.geometry, job.grid, "ct", job.prior, noise=job.noise, accept_mismatch=True)
     inside = demo.field_of_view(job.geometry, job.grid)
 
     def error(volume):

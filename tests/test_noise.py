@@ -70,9 +70,7 @@ def test_length_is_in_mm(spacing):
 def test_number_of_slices_does_not_matter():
     short, long = noise.iscs_mm(20, 1.0, 4.0, seed=2), noise.iscs_mm(90, 1.0, 4.0, seed=2)
     assert torch.equal(long.slab(0, 20).draw((5, 5)), short.draw((5, 5)))
-    assert torch.equal(
-        noise.iscs_mm(30, 1.0, 4.0, seed=2, first_slice=60).draw((5, 5)), long.slab(60, 90).draw((5, 5))
-    )
+    assert torch.equal(noise.iscs_mm(30, 1.0, 4.0, seed=2, first_slice=60).draw((5, 5)), long.slab(60, 90).draw((5, 5)))
 
 
 def test_bad_input():

@@ -184,7 +184,7 @@ def vp_coordinates():
 @pytest.mark.parametrize("form", ["krylov", "gamma"])
 def test_dds(scanner, dtype, form):
     overrides, gamma = {}, None
-    if form == "gamma":   # the form for noisy data, (I + gamma A^T A) x = x0 + gamma A^T y
+    if form == "gamma":  # the form for noisy data, (I + gamma A^T A) x = x0 + gamma A^T y
         gamma = 1.7
         published = dict(load_recipe("dds").published)
         published.update({"consistency.kind": "proximal_cg", "consistency.rho_rule": "absolute"})
@@ -243,7 +243,7 @@ def test_diffusionmbir(scanner, dtype):
         if following:
             x = x + np.sqrt(change) * drawn(2 * k)
             fresh = drawn(2 * k + 1)
-            s = score(x, now)   # the script asks at the level it came from
+            s = score(x, now)  # the script asks at the level it came from
 
             def mean_norm(v):
                 return np.linalg.norm(v.reshape(DEPTH, -1), axis=1).mean()
@@ -251,7 +251,7 @@ def test_diffusionmbir(scanner, dtype):
             h = 2 * (0.16 * mean_norm(fresh) / mean_norm(s)) ** 2
             x = x + h * s + np.sqrt(2 * h) * fresh
         x, z, w = ref.admm_sweep(x, z, w, rho, 0.004 * rho, 1)
-        if not following:   # one SIRT step closes the run
+        if not following:  # one SIRT step closes the run
             residual = ref.shape((ref.y - x.reshape(DEPTH, -1) @ ref.a.T) @ ref.a)
             weight = ref.normal(np.ones_like(x))
             x = x + residual / np.maximum(weight, 1e-6 * weight.max())

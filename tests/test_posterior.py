@@ -132,7 +132,7 @@ def unconditional(prior, rule, correctors=0, levels=200, n=N):
 def check_law(x, prior, std_limit=0.05, variance_limit=0.15):
     """Mean, pixel spread, and the variance of every cosine frequency."""
     std = prior.covariance().diagonal().sqrt().reshape(ROWS, COLUMNS)
-    assert ((x.mean(0) - MEAN) / std).abs().max() < 5 / math.sqrt(len(x))   # five sigma of the Monte Carlo
+    assert ((x.mean(0) - MEAN) / std).abs().max() < 5 / math.sqrt(len(x))  # five sigma of the Monte Carlo
     assert (x.std(0) / std - 1).abs().max() < std_limit
     coefficients = cosine_basis(ROWS) @ (x - MEAN) @ cosine_basis(COLUMNS).T
     assert (coefficients.var(0) / prior.spectrum - 1).abs().max() < variance_limit
@@ -191,7 +191,7 @@ def test_corrector_norms_are_per_slice():
     assert torch.equal(a[1:], b[1:]) and not torch.equal(a[0], b[0])
     a, b = (langevin(u.clone(), x, 1.0, 0.16, key, "volume") for x in (x0, other))
     assert not torch.allclose(a[1:], b[1:])
-    still = langevin(u.clone(), u.clone(), 1.0, 0.16, key)   # a zero score moves nothing, and divides by nothing
+    still = langevin(u.clone(), u.clone(), 1.0, 0.16, key)  # a zero score moves nothing, and divides by nothing
     assert torch.equal(still, u)
 
 

@@ -44,11 +44,16 @@ def test_one_pass_ends_at_zero_without_a_call_for_it():
 def test_correctors_stay_at_the_level_reached():
     levels = descend([2.0, 1.0], correctors=2)
     assert [(x.kind, x.sigma, x.sigma_next) for x in levels] == [
-        ("step", 2.0, 1.0), ("correct", 1.0, 1.0), ("correct", 1.0, 1.0), ("step", 1.0, 0.0),
+        ("step", 2.0, 1.0),
+        ("correct", 1.0, 1.0),
+        ("correct", 1.0, 1.0),
+        ("step", 1.0, 0.0),
     ]
     stale = descend([2.0, 1.0], correctors=1, stale=True, data_at="corrected")
     assert [(x.kind, x.sigma, x.sigma_next, x.data) for x in stale] == [
-        ("step", 2.0, 1.0, False), ("correct", 2.0, 2.0, True), ("step", 1.0, 0.0, True),
+        ("step", 2.0, 1.0, False),
+        ("correct", 2.0, 2.0, True),
+        ("step", 1.0, 0.0, True),
     ]
     assert [x.data for x in descend([2.0, 1.0], correctors=1, data_at="steps")] == [True, False, True]
 
@@ -56,7 +61,10 @@ def test_correctors_stay_at_the_level_reached():
 def test_sweeps_travel_back_up_and_end_without_data():
     levels = sweeps([2.0, 1.0], inner=2, floor=0.1)
     assert [(x.kind, x.data) for x in levels] == [
-        ("step", False), ("travel", True), ("step", False), ("step", False),
+        ("step", False),
+        ("travel", True),
+        ("step", False),
+        ("step", False),
     ]
     assert levels[1].sigma == pytest.approx(0.2) and levels[1].sigma_next == 1.0
     assert levels[-1].last and levels[-1].sigma_next == 0.0

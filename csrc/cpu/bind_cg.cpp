@@ -1,7 +1,6 @@
-#include "bind.h"
-
 #include <vector>
 
+#include "bind.h"
 #include "cpu/cg.h"
 
 namespace recon3d {
@@ -13,9 +12,11 @@ double ordered_sum(const double* sums, int64_t n) {
 }
 
 Tensor cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& q, const Tensor& rz) {
-  for (const Tensor* t : {static_cast<const Tensor*>(&x), static_cast<const Tensor*>(&r), static_cast<const Tensor*>(&p), &q})
-    STD_TORCH_CHECK(t->dim() > 0 && t->numel() == x.numel() && t->is_contiguous() && t->scalar_type() == x.scalar_type(),
-                    "cg_step_: four contiguous vectors of one shape and dtype are needed");
+  for (const Tensor* t :
+       {static_cast<const Tensor*>(&x), static_cast<const Tensor*>(&r), static_cast<const Tensor*>(&p), &q})
+    STD_TORCH_CHECK(
+        t->dim() > 0 && t->numel() == x.numel() && t->is_contiguous() && t->scalar_type() == x.scalar_type(),
+        "cg_step_: four contiguous vectors of one shape and dtype are needed");
   STD_TORCH_CHECK(rz.scalar_type() == ScalarType::Double && (rz.dim() == 0 || rz.numel() == x.size(0)),
                   "cg_step_: rz must be float64, a scalar or one value per slice");
   const int64_t slices = x.size(0), n = slices ? x.numel() / slices : 0, chunks = cg_chunks(n), units = slices * chunks;
@@ -45,7 +46,9 @@ Tensor cg_step_(Tensor x, Tensor r, Tensor p, const Tensor& q, const Tensor& rz)
       }
     };
     auto curvature = [&](int64_t u0, int64_t u1) { cg_curvature_cpu(ps, qs, sums.data(), n, u0, u1); };
-    auto residual = [&](int64_t u0, int64_t u1) { cg_residual_cpu(rs, qs, alpha.data(), stride, sums.data(), n, u0, u1); };
+    auto residual = [&](int64_t u0, int64_t u1) {
+      cg_residual_cpu(rs, qs, alpha.data(), stride, sums.data(), n, u0, u1);
+    };
     auto direction = [&](int64_t u0, int64_t u1) {
       cg_direction_cpu(xs, ps, rs, alpha.data(), beta.data(), stride, n, u0, u1);
     };

@@ -12,7 +12,11 @@ void check(const Tensor& x, const Tensor& other, int64_t times) {
 void tv3d_dual_(Tensor p, const Tensor& xbar, double sigma, double limit, double fz, double fy, double fx) {
   check(xbar, p, 3);
   RECON3D_REAL(xbar, "tv3d_dual_", {
-    const Tv3d<scalar_t> v{xbar.size(0), xbar.size(1), xbar.size(2), static_cast<scalar_t>(fz), static_cast<scalar_t>(fy),
+    const Tv3d<scalar_t> v{xbar.size(0),
+                           xbar.size(1),
+                           xbar.size(2),
+                           static_cast<scalar_t>(fz),
+                           static_cast<scalar_t>(fy),
                            static_cast<scalar_t>(fx)};
     scalar_t* ps = out<scalar_t>(p);
     const scalar_t* xs = in<scalar_t>(xbar);
@@ -28,7 +32,11 @@ void tv3d_primal_(Tensor x, Tensor xbar, const Tensor& p, const Tensor& g, doubl
   check(x, xbar, 1);
   check(x, g, 1);
   RECON3D_REAL(x, "tv3d_primal_", {
-    const Tv3d<scalar_t> v{x.size(0), x.size(1), x.size(2), static_cast<scalar_t>(fz), static_cast<scalar_t>(fy),
+    const Tv3d<scalar_t> v{x.size(0),
+                           x.size(1),
+                           x.size(2),
+                           static_cast<scalar_t>(fz),
+                           static_cast<scalar_t>(fy),
                            static_cast<scalar_t>(fx)};
     scalar_t *xs = out<scalar_t>(x), *bs = out<scalar_t>(xbar);
     const scalar_t *ps = in<scalar_t>(p), *gs = in<scalar_t>(g);

@@ -1,8 +1,7 @@
-#include "bind.h"
-
 #include <optional>
 #include <tuple>
 
+#include "bind.h"
 #include "cpu/tvz.h"
 
 namespace recon3d {
@@ -20,7 +19,8 @@ void alike(const Tensor& x, const Tensor& y, const char* name) {
                   ": the volumes need one shape and dtype, contiguous");
 }
 
-void stencil_into(TvzStencil kind, const Tensor& x, Tensor& result, double scale, bool periodic, bool add, const char* name) {
+void stencil_into(TvzStencil kind, const Tensor& x, Tensor& result, double scale, bool periodic, bool add,
+                  const char* name) {
   const int64_t slices = x.size(0), pixels = pixels_of(x, name);
   alike(x, result, name);
   RECON3D_REAL(x, "tvz", {
@@ -54,7 +54,8 @@ void tvz_add_normal_(Tensor q, const Tensor& x, double weight, bool periodic) {
 void update_into(const Tensor& x, const Tensor& w, Tensor* z, Tensor& w_new, Tensor& g, double threshold, double scale,
                  bool periodic) {
   const int64_t slices = x.size(0), pixels = pixels_of(x, "tvz_update");
-  for (const Tensor* t : {&w, static_cast<const Tensor*>(&w_new), static_cast<const Tensor*>(&g)}) alike(x, *t, "tvz_update");
+  for (const Tensor* t : {&w, static_cast<const Tensor*>(&w_new), static_cast<const Tensor*>(&g)})
+    alike(x, *t, "tvz_update");
   if (z) alike(x, *z, "tvz_update");
   RECON3D_REAL(x, "tvz_update", {
     const scalar_t *xs = in<scalar_t>(x), *ws = in<scalar_t>(w);
@@ -66,12 +67,14 @@ void update_into(const Tensor& x, const Tensor& w, Tensor* z, Tensor& w_new, Ten
   })
 }
 
-std::tuple<Tensor, Tensor, Tensor> tvz_update(const Tensor& x, const Tensor& w, double threshold, double scale, bool periodic) {
+std::tuple<Tensor, Tensor, Tensor> tvz_update(const Tensor& x, const Tensor& w, double threshold, double scale,
+                                              bool periodic) {
   Tensor z = torch::stable::empty_like(x), w_new = torch::stable::empty_like(x), g = torch::stable::empty_like(x);
   update_into(x, w, &z, w_new, g, threshold, scale, periodic);
   return {z, w_new, g};
 }
-void tvz_update_(const Tensor& x, std::optional<Tensor> z, Tensor w, Tensor g, double threshold, double scale, bool periodic) {
+void tvz_update_(const Tensor& x, std::optional<Tensor> z, Tensor w, Tensor g, double threshold, double scale,
+                 bool periodic) {
   update_into(x, w, z ? &*z : nullptr, w, g, threshold, scale, periodic);
 }
 }  // namespace

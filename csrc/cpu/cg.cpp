@@ -15,7 +15,8 @@ inline __attribute__((always_inline)) double total(const double* lane) {
 }
 
 template <class T>
-inline __attribute__((always_inline)) double curvature_row(const T* RECON3D_RESTRICT p, const T* RECON3D_RESTRICT q, int64_t n) {
+inline __attribute__((always_inline)) double curvature_row(const T* RECON3D_RESTRICT p, const T* RECON3D_RESTRICT q,
+                                                           int64_t n) {
   double lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -25,7 +26,8 @@ inline __attribute__((always_inline)) double curvature_row(const T* RECON3D_REST
 }
 
 template <class T>
-inline __attribute__((always_inline)) double residual_row(T* RECON3D_RESTRICT r, const T* RECON3D_RESTRICT q, T alpha, int64_t n) {
+inline __attribute__((always_inline)) double residual_row(T* RECON3D_RESTRICT r, const T* RECON3D_RESTRICT q, T alpha,
+                                                          int64_t n) {
   double lane[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
@@ -43,8 +45,8 @@ inline __attribute__((always_inline)) double residual_row(T* RECON3D_RESTRICT r,
 }
 
 template <class T>
-inline __attribute__((always_inline)) void direction_row(T* RECON3D_RESTRICT x, T* RECON3D_RESTRICT p, const T* RECON3D_RESTRICT r,
-                                                         T alpha, T beta, int64_t n) {
+inline __attribute__((always_inline)) void direction_row(T* RECON3D_RESTRICT x, T* RECON3D_RESTRICT p,
+                                                         const T* RECON3D_RESTRICT r, T alpha, T beta, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     x[i] += alpha * p[i];
     p[i] = r[i] + beta * p[i];
@@ -53,8 +55,12 @@ inline __attribute__((always_inline)) void direction_row(T* RECON3D_RESTRICT x, 
 
 RECON3D_CLONES double curvature(const float* p, const float* q, int64_t n) { return curvature_row(p, q, n); }
 RECON3D_CLONES double curvature(const double* p, const double* q, int64_t n) { return curvature_row(p, q, n); }
-RECON3D_CLONES double residual(float* r, const float* q, float alpha, int64_t n) { return residual_row(r, q, alpha, n); }
-RECON3D_CLONES double residual(double* r, const double* q, double alpha, int64_t n) { return residual_row(r, q, alpha, n); }
+RECON3D_CLONES double residual(float* r, const float* q, float alpha, int64_t n) {
+  return residual_row(r, q, alpha, n);
+}
+RECON3D_CLONES double residual(double* r, const double* q, double alpha, int64_t n) {
+  return residual_row(r, q, alpha, n);
+}
 RECON3D_CLONES void direction(float* x, float* p, const float* r, float alpha, float beta, int64_t n) {
   direction_row(x, p, r, alpha, beta, n);
 }
@@ -80,7 +86,8 @@ void cg_curvature_cpu(const T* p, const T* q, double* sums, int64_t n, int64_t u
 }
 
 template <class T>
-void cg_residual_cpu(T* r, const T* q, const double* alpha, int64_t stride, double* sums, int64_t n, int64_t u0, int64_t u1) {
+void cg_residual_cpu(T* r, const T* q, const double* alpha, int64_t stride, double* sums, int64_t n, int64_t u0,
+                     int64_t u1) {
   for (int64_t u = u0; u < u1; ++u) {
     const Unit c = unit(u, n);
     sums[u] = residual(r + c.at, q + c.at, static_cast<T>(alpha[c.slice * stride]), c.size);
@@ -88,21 +95,22 @@ void cg_residual_cpu(T* r, const T* q, const double* alpha, int64_t stride, doub
 }
 
 template <class T>
-void cg_direction_cpu(T* x, T* p, const T* r, const double* alpha, const double* beta, int64_t stride, int64_t n, int64_t u0,
-                      int64_t u1) {
+void cg_direction_cpu(T* x, T* p, const T* r, const double* alpha, const double* beta, int64_t stride, int64_t n,
+                      int64_t u0, int64_t u1) {
   for (int64_t u = u0; u < u1; ++u) {
     const Unit c = unit(u, n);
-    direction(x + c.at, p + c.at, r + c.at, static_cast<T>(alpha[c.slice * stride]), static_cast<T>(beta[c.slice * stride]),
-              c.size);
+    direction(x + c.at, p + c.at, r + c.at, static_cast<T>(alpha[c.slice * stride]),
+              static_cast<T>(beta[c.slice * stride]), c.size);
   }
 }
 
 template void cg_curvature_cpu<float>(const float*, const float*, double*, int64_t, int64_t, int64_t);
 template void cg_curvature_cpu<double>(const double*, const double*, double*, int64_t, int64_t, int64_t);
 template void cg_residual_cpu<float>(float*, const float*, const double*, int64_t, double*, int64_t, int64_t, int64_t);
-template void cg_residual_cpu<double>(double*, const double*, const double*, int64_t, double*, int64_t, int64_t, int64_t);
-template void cg_direction_cpu<float>(float*, float*, const float*, const double*, const double*, int64_t, int64_t, int64_t,
+template void cg_residual_cpu<double>(double*, const double*, const double*, int64_t, double*, int64_t, int64_t,
                                       int64_t);
+template void cg_direction_cpu<float>(float*, float*, const float*, const double*, const double*, int64_t, int64_t,
+                                      int64_t, int64_t);
 template void cg_direction_cpu<double>(double*, double*, const double*, const double*, const double*, int64_t, int64_t,
                                        int64_t, int64_t);
 }  // namespace recon3d

@@ -16,10 +16,11 @@ void cg_curvature_cpu(const T* p, const T* q, double* sums, int64_t n, int64_t u
 
 // r -= alpha q;  sums = <r, r>
 template <class T>
-void cg_residual_cpu(T* r, const T* q, const double* alpha, int64_t stride, double* sums, int64_t n, int64_t u0, int64_t u1);
+void cg_residual_cpu(T* r, const T* q, const double* alpha, int64_t stride, double* sums, int64_t n, int64_t u0,
+                     int64_t u1);
 
 // x += alpha p;  p = r + beta p
 template <class T>
-void cg_direction_cpu(T* x, T* p, const T* r, const double* alpha, const double* beta, int64_t stride, int64_t n, int64_t u0,
-                      int64_t u1);
+void cg_direction_cpu(T* x, T* p, const T* r, const double* alpha, const double* beta, int64_t stride, int64_t n,
+                      int64_t u0, int64_t u1);
 }  // namespace recon3d

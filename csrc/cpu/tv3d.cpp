@@ -20,9 +20,10 @@ struct Pull {  // primal sweep: component here and one step back, each with its 
 };
 
 template <class T>
-inline __attribute__((always_inline)) void dual_run(T* RECON3D_RESTRICT pz, T* RECON3D_RESTRICT py, T* RECON3D_RESTRICT px,
-                                                    const T* here, const T* below, const T* next, const T* right, int64_t n,
-                                                    T keep_z, T keep_y, T keep_x, T sz, T sy, T sx, T limit) {
+inline __attribute__((always_inline)) void dual_run(T* RECON3D_RESTRICT pz, T* RECON3D_RESTRICT py,
+                                                    T* RECON3D_RESTRICT px, const T* here, const T* below,
+                                                    const T* next, const T* right, int64_t n, T keep_z, T keep_y,
+                                                    T keep_x, T sz, T sy, T sx, T limit) {
   for (int64_t j = 0; j < n; ++j) {
     const T z = keep_z * pz[j] + sz * (below[j] - here[j]);
     const T y = keep_y * py[j] + sy * (next[j] - here[j]);
@@ -37,9 +38,9 @@ inline __attribute__((always_inline)) void dual_run(T* RECON3D_RESTRICT pz, T* R
 
 template <class T>
 inline __attribute__((always_inline)) void primal_run(T* RECON3D_RESTRICT x, T* RECON3D_RESTRICT xbar,
-                                                      const T* RECON3D_RESTRICT g, const T* z0, const T* z1, const T* y0,
-                                                      const T* y1, const T* x0, const T* x1, int64_t n, T fz0, T fz1, T fy0,
-                                                      T fy1, T fx0, T fx1, T tau, T floor) {
+                                                      const T* RECON3D_RESTRICT g, const T* z0, const T* z1,
+                                                      const T* y0, const T* y1, const T* x0, const T* x1, int64_t n,
+                                                      T fz0, T fz1, T fy0, T fy1, T fx0, T fx1, T tau, T floor) {
   for (int64_t j = 0; j < n; ++j) {
     const T pull = (fz0 * z0[j] - fz1 * z1[j]) + (fy0 * y0[j] - fy1 * y1[j]) + (fx0 * x0[j] - fx1 * x1[j]);
     const T old = x[j];
@@ -50,23 +51,23 @@ inline __attribute__((always_inline)) void primal_run(T* RECON3D_RESTRICT x, T* 
   }
 }
 
-RECON3D_CLONES void dual(float* pz, float* py, float* px, const float* here, const Along<float>& z, const Along<float>& y,
-                         const Along<float>& x, int64_t n, float limit) {
+RECON3D_CLONES void dual(float* pz, float* py, float* px, const float* here, const Along<float>& z,
+                         const Along<float>& y, const Along<float>& x, int64_t n, float limit) {
   dual_run(pz, py, px, here, z.next, y.next, x.next, n, z.keep, y.keep, x.keep, z.step, y.step, x.step, limit);
 }
-RECON3D_CLONES void dual(double* pz, double* py, double* px, const double* here, const Along<double>& z, const Along<double>& y,
-                         const Along<double>& x, int64_t n, double limit) {
+RECON3D_CLONES void dual(double* pz, double* py, double* px, const double* here, const Along<double>& z,
+                         const Along<double>& y, const Along<double>& x, int64_t n, double limit) {
   dual_run(pz, py, px, here, z.next, y.next, x.next, n, z.keep, y.keep, x.keep, z.step, y.step, x.step, limit);
 }
-RECON3D_CLONES void primal(float* x, float* xbar, const float* g, const Pull<float>& pz, const Pull<float>& py, const Pull<float>& px,
-                           int64_t n, float tau, float floor) {
-  primal_run(x, xbar, g, pz.before, pz.here, py.before, py.here, px.before, px.here, n, pz.fb, pz.fh, py.fb, py.fh, px.fb,
-             px.fh, tau, floor);
+RECON3D_CLONES void primal(float* x, float* xbar, const float* g, const Pull<float>& pz, const Pull<float>& py,
+                           const Pull<float>& px, int64_t n, float tau, float floor) {
+  primal_run(x, xbar, g, pz.before, pz.here, py.before, py.here, px.before, px.here, n, pz.fb, pz.fh, py.fb, py.fh,
+             px.fb, px.fh, tau, floor);
 }
-RECON3D_CLONES void primal(double* x, double* xbar, const double* g, const Pull<double>& pz, const Pull<double>& py, const Pull<double>& px,
-                           int64_t n, double tau, double floor) {
-  primal_run(x, xbar, g, pz.before, pz.here, py.before, py.here, px.before, px.here, n, pz.fb, pz.fh, py.fb, py.fh, px.fb,
-             px.fh, tau, floor);
+RECON3D_CLONES void primal(double* x, double* xbar, const double* g, const Pull<double>& pz, const Pull<double>& py,
+                           const Pull<double>& px, int64_t n, double tau, double floor) {
+  primal_run(x, xbar, g, pz.before, pz.here, py.before, py.here, px.before, px.here, n, pz.fb, pz.fh, py.fb, py.fh,
+             px.fb, px.fh, tau, floor);
 }
 }  // namespace
 
@@ -76,7 +77,8 @@ void tv3d_dual_cpu(const Tv3d<T>& v, T* p, const T* xbar, T sigma, T limit, int6
   if (slice == 0) return;
   for (int64_t k = s0; k < s1; ++k)
     for (int64_t i = 0; i < v.rows; ++i)
-      for (int64_t j = 0; j < v.columns; j = j < inner ? inner : v.columns) {  // all columns but the last, then the last
+      for (int64_t j = 0; j < v.columns;
+           j = j < inner ? inner : v.columns) {  // all columns but the last, then the last
         const int64_t at = k * slice + i * v.columns + j, n = j < inner ? inner : 1;
         const T* here = xbar + at;
         auto along = [&](bool exists, int64_t stride, T f) {
@@ -109,8 +111,8 @@ void tv3d_primal_cpu(const Tv3d<T>& v, T* x, T* xbar, const T* p, const T* g, T 
 
 template void tv3d_dual_cpu<float>(const Tv3d<float>&, float*, const float*, float, float, int64_t, int64_t);
 template void tv3d_dual_cpu<double>(const Tv3d<double>&, double*, const double*, double, double, int64_t, int64_t);
-template void tv3d_primal_cpu<float>(const Tv3d<float>&, float*, float*, const float*, const float*, float, bool, int64_t,
-                                     int64_t);
+template void tv3d_primal_cpu<float>(const Tv3d<float>&, float*, float*, const float*, const float*, float, bool,
+                                     int64_t, int64_t);
 template void tv3d_primal_cpu<double>(const Tv3d<double>&, double*, double*, const double*, const double*, double, bool,
                                       int64_t, int64_t);
 }  // namespace recon3d

@@ -44,27 +44,27 @@ inline __attribute__((always_inline)) void update_row(const T* here, const T* af
   }
 }
 
-RECON3D_CLONES void stencil(TvzStencil kind, bool add, const float* before, const float* here, const float* after, float* row,
-                            int64_t n, float scale) {
+RECON3D_CLONES void stencil(TvzStencil kind, bool add, const float* before, const float* here, const float* after,
+                            float* row, int64_t n, float scale) {
   stencil_row(kind, add, before, here, after, row, n, scale);
 }
-RECON3D_CLONES void update(const float* here, const float* after, float* last, float* z, float* w, float* g, int64_t n, float threshold,
-                           float scale) {
+RECON3D_CLONES void update(const float* here, const float* after, float* last, float* z, float* w, float* g, int64_t n,
+                           float threshold, float scale) {
   update_row(here, after, last, z, w, g, n, threshold, scale);
 }
-RECON3D_CLONES void stencil(TvzStencil kind, bool add, const double* before, const double* here, const double* after, double* row,
-                            int64_t n, double scale) {
+RECON3D_CLONES void stencil(TvzStencil kind, bool add, const double* before, const double* here, const double* after,
+                            double* row, int64_t n, double scale) {
   stencil_row(kind, add, before, here, after, row, n, scale);
 }
-RECON3D_CLONES void update(const double* here, const double* after, double* last, double* z, double* w, double* g, int64_t n, double threshold,
-                           double scale) {
+RECON3D_CLONES void update(const double* here, const double* after, double* last, double* z, double* w, double* g,
+                           int64_t n, double threshold, double scale) {
   update_row(here, after, last, z, w, g, n, threshold, scale);
 }
 }  // namespace
 
 template <class T>
-void tvz_stencil_cpu(TvzStencil kind, const T* x, T* out, int64_t slices, int64_t pixels, T scale, bool periodic, bool add,
-                     int64_t p0, int64_t p1) {
+void tvz_stencil_cpu(TvzStencil kind, const T* x, T* out, int64_t slices, int64_t pixels, T scale, bool periodic,
+                     bool add, int64_t p0, int64_t p1) {
   const T zero[kBlock] = {};
   for (int64_t p = p0; p < p1; p += kBlock)
     for (int64_t k = 0; k < slices; ++k) {
@@ -96,18 +96,23 @@ void tvz_update_cpu(const T* x, const T* w, T* z, T* w_new, T* g, int64_t slices
       const bool top = k == slices - 1;
       if (w_new != w) std::copy_n(w + at, n, w_new + at);  // the row is in cache when it is changed
       if (top && !periodic) std::copy_n(last, n, before);
-      update(x + at, !top ? x + at + pixels : periodic ? x + p : x + at, last, z ? z + at : unwanted,
-             w_new + at, g + at, n, threshold, scale);
+      update(x + at,
+             !top       ? x + at + pixels
+             : periodic ? x + p
+                        : x + at,
+             last, z ? z + at : unwanted, w_new + at, g + at, n, threshold, scale);
       if (top && !periodic)  // the last difference does not exist, so D^T has nothing to take from it
         for (int64_t i = 0; i < n; ++i) g[at + i] = scale * before[i];
     }
   }
 }
 
-template void tvz_stencil_cpu<float>(TvzStencil, const float*, float*, int64_t, int64_t, float, bool, bool, int64_t, int64_t);
-template void tvz_update_cpu<float>(const float*, const float*, float*, float*, float*, int64_t, int64_t, float, float, bool, int64_t,
-                                  int64_t);
-template void tvz_stencil_cpu<double>(TvzStencil, const double*, double*, int64_t, int64_t, double, bool, bool, int64_t, int64_t);
-template void tvz_update_cpu<double>(const double*, const double*, double*, double*, double*, int64_t, int64_t, double, double, bool, int64_t,
-                                  int64_t);
+template void tvz_stencil_cpu<float>(TvzStencil, const float*, float*, int64_t, int64_t, float, bool, bool, int64_t,
+                                     int64_t);
+template void tvz_update_cpu<float>(const float*, const float*, float*, float*, float*, int64_t, int64_t, float, float,
+                                    bool, int64_t, int64_t);
+template void tvz_stencil_cpu<double>(TvzStencil, const double*, double*, int64_t, int64_t, double, bool, bool, int64_t,
+                                      int64_t);
+template void tvz_update_cpu<double>(const double*, const double*, double*, double*, double*, int64_t, int64_t, double,
+                                     double, bool, int64_t, int64_t);
 }  // namespace recon3d

@@ -8,8 +8,8 @@ enum class TvzStencil { kDiff, kAdjoint, kNormal };
 // out = D x (kDiff), D^T x (kAdjoint) or D^T D x (kNormal), times scale; overwritten, or added to when add is set.
 //   out must not alias x. Without periodic the last difference is zero.
 template <class T>
-void tvz_stencil_cpu(TvzStencil kind, const T* x, T* out, int64_t slices, int64_t pixels, T scale, bool periodic, bool add,
-                     int64_t p0, int64_t p1);
+void tvz_stencil_cpu(TvzStencil kind, const T* x, T* out, int64_t slices, int64_t pixels, T scale, bool periodic,
+                     bool add, int64_t p0, int64_t p1);
 
 // a = scale (x_{k+1} - x_k) + w;  w_new = clamp(a, -threshold, threshold);  z = a - w_new;  g = scale D1^T (z - w_new).
 //   w_new may be w itself; z, w_new and g are overwritten and must not alias anything else. z may be null: not wanted.

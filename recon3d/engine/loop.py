@@ -136,9 +136,7 @@ def run(job: Job, state: State) -> Iterator[Level]:
     Stop iterating to cancel; iterate again with a saved state to continue. state.u is the volume in the end.
     """
     if state.seed != job.noise.seed:
-        raise ValueError(
-            f"run: the state was made with seed {state.seed}, but the job has seed {job.noise.seed}"
-        )
+        raise ValueError(f"run: the state was made with seed {state.seed}, but the job has seed {job.noise.seed}")
     on_estimate = job.consistency.on == "estimate"
 
     for level in job.trajectory[state.index :]:

@@ -14,9 +14,7 @@ __all__ = ["Recipe", "load_recipe", "recipe_names", "recipe_schema"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class Provenance(_Section):
@@ -25,9 +23,7 @@ class Provenance(_Section):
     paper: str = Field("", description="authors, title, venue")
     arxiv: str | None = Field(None, pattern=r"^\d{4}\.\d{4,5}$")
     protocol: str = Field("", description="task, views, metric and settings of the published figures")
-    differs: str = Field(
-        "", description="what the corrected values change, and what is left out of the published ones"
-    )
+    differs: str = Field("", description="what the corrected values change, and what is left out of the published ones")
 
 
 class StartSection(_Section):
@@ -53,27 +49,17 @@ class TrajectorySection(_Section):
     )
     sigmas: list[float] = Field(default_factory=list, description="explicit: the levels, descending")
     inner: int = Field(8, ge=1, description="sweeps: prior calls per sweep")
-    inner_floor: float = Field(
-        0.1, gt=0, lt=1, description="sweeps: lowest level as a fraction of the coupling"
-    )
+    inner_floor: float = Field(0.1, gt=0, lt=1, description="sweeps: lowest level as a fraction of the coupling")
     repeats: int = Field(0, ge=0, description="sweeps: further sweeps at the last coupling")
     correctors: int = Field(0, ge=0, le=100, description="Langevin visits after each level")
-    stale_correctors: bool = Field(
-        False, description="correctors ask the prior at the level the step came from"
-    )
-    data_at: Literal["every", "steps", "corrected"] = Field(
-        "every", description="visits at which the data enter"
-    )
+    stale_correctors: bool = Field(False, description="correctors ask the prior at the level the step came from")
+    data_at: Literal["every", "steps", "corrected"] = Field("every", description="visits at which the data enter")
 
     @model_validator(mode="after")
     def _sound(self) -> TrajectorySection:
         if (self.grid == "explicit") != bool(self.sigmas):
             raise ValueError("sigmas go with grid explicit, and grid explicit needs them")
-        if (
-            self.grid in ("karras", "geometric", "sweeps")
-            and self.levels > 1
-            and not self.sigma_min < self.sigma_max
-        ):
+        if self.grid in ("karras", "geometric", "sweeps") and self.levels > 1 and not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if self.correctors and self.grid == "sweeps":
             raise ValueError("sweeps take no correctors; set correctors to 0")
@@ -93,19 +79,11 @@ class ConsistencySection(_Section):
     )
     rho: float = Field(0.01, ge=0, description="proximal_cg: weight of the prior's estimate")
     sigma_ref: float = Field(1.0, gt=0, description="growing: level at which rho is relative, network units")
-    prior_std: float | None = Field(
-        None, gt=0, description="bayes: spread of the prior's pixels, network units"
-    )
-    weights: Literal["noise", "none"] = Field(
-        "noise", description="inverse variances of the noise model, or 1"
-    )
-    scalars: Literal["auto", "slice", "volume"] = Field(
-        "auto", description="step lengths per slice or for the volume"
-    )
+    prior_std: float | None = Field(None, gt=0, description="bayes: spread of the prior's pixels, network units")
+    weights: Literal["noise", "none"] = Field("noise", description="inverse variances of the noise model, or 1")
+    scalars: Literal["auto", "slice", "volume"] = Field("auto", description="step lengths per slice or for the volume")
     relax: float = Field(1.0, gt=0, lt=2, description="projection: step")
-    on: Literal["estimate", "iterate"] = Field(
-        "estimate", description="correct x0, or the noisy state after renoising"
-    )
+    on: Literal["estimate", "iterate"] = Field("estimate", description="correct x0, or the noisy state after renoising")
     finish: Literal["none", "sirt"] = Field("none", description="one SIRT step after the last level")
     precondition: Literal["none", "filter"] = Field(
         "none", description="proximal_cg: solve with a tomographic filter, 5 iterations for 20"
@@ -116,16 +94,12 @@ class RegulariserSection(_Section):
     """How slices are tied together."""
 
     kind: Literal["none", "tvz"] = "none"
-    threshold: float = Field(
-        0.004, ge=0, description="tvz: jump between slices that is shrunk away, network units"
-    )
+    threshold: float = Field(0.004, ge=0, description="tvz: jump between slices that is shrunk away, network units")
     rho: float = Field(0.025, gt=0, description="tvz: rho_z / ||A^T W A||")
     reference_mm: float | None = Field(
         None, gt=0, description="tvz: threshold is per this distance; null: per slice, whatever the spacing"
     )
-    boundary: Literal["neumann", "periodic"] = Field(
-        "neumann", description="periodic joins the last to the first"
-    )
+    boundary: Literal["neumann", "periodic"] = Field("neumann", description="periodic joins the last to the first")
 
 
 class RenoiseSection(_Section):
@@ -134,15 +108,9 @@ class RenoiseSection(_Section):
     kind: Literal["ddim", "ancestral", "full"] = "ddim"
     eta: float = Field(0.0, ge=0, le=1, description="ddim: fresh noise; its meaning is the convention's")
     convention: Literal["canonical", "dds"] = Field("canonical", description="ddim: meaning of eta")
-    variance: Literal["small", "large", "prior"] = Field(
-        "small", description="ancestral: variance a step adds"
-    )
-    prior_std: float | None = Field(
-        None, gt=0, description="ancestral prior, full: spread of pixels, network units"
-    )
-    direction: Literal["network", "corrected"] = Field(
-        "network", description="estimate that tells the old noise"
-    )
+    variance: Literal["small", "large", "prior"] = Field("small", description="ancestral: variance a step adds")
+    prior_std: float | None = Field(None, gt=0, description="ancestral prior, full: spread of pixels, network units")
+    direction: Literal["network", "corrected"] = Field("network", description="estimate that tells the old noise")
     snr: float = Field(0.16, gt=0, description="correctors: signal-to-noise ratio")
     norms: Literal["slice", "expected", "volume"] = Field(
         "slice", description="correctors: step length from norms per slice, from sigma alone, or from mean norms"
@@ -196,15 +164,11 @@ class Recipe(_Section):
         if (self.consistency.kind == "conditional") != (self.trajectory.grid == "sweeps"):
             raise ValueError("consistency conditional and trajectory sweeps belong together")
         if self.regulariser.kind == "tvz" and self.consistency.kind not in ("krylov", "proximal_cg"):
-            raise ValueError(
-                f"regulariser tvz needs consistency krylov or proximal_cg, got {self.consistency.kind}"
-            )
+            raise ValueError(f"regulariser tvz needs consistency krylov or proximal_cg, got {self.consistency.kind}")
         if self.consistency.precondition != "none" and self.consistency.kind != "proximal_cg":
             raise ValueError(f"precondition filter needs consistency proximal_cg, got {self.consistency.kind}")
         if self.claims == "posterior_sample" and self.noise.kind != "independent":
-            raise ValueError(
-                "a posterior sample needs independent noise; noise correlated along z changes the law"
-            )
+            raise ValueError("a posterior sample needs independent noise; noise correlated along z changes the law")
         return self
 
     def resolved(self) -> Recipe:
@@ -232,9 +196,7 @@ _PARTS: dict[str, type[BaseModel]] = {
 def recipe_names() -> list[str]:
     """The packaged recipes."""
     folder = resources.files("recon3d.recipes")
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> Recipe:
@@ -249,9 +211,7 @@ def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
     """
     text = str(source)
     if text in recipe_names():
-        raw = parse_yaml(
-            (resources.files("recon3d.recipes") / f"{text}.yaml").read_text("utf-8"), f"recipe {text}"
-        )
+        raw = parse_yaml((resources.files("recon3d.recipes") / f"{text}.yaml").read_text("utf-8"), f"recipe {text}")
     elif Path(text).suffix in (".yaml", ".yml"):
         raw = read_yaml(Path(text))
     else:

@@ -52,9 +52,7 @@ class Ellipse:
     y_mm: float = 0.0
     turn_rad: float = 0.0
 
-    def _unit(
-        self, x: NDArray[np.float64], y: NDArray[np.float64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _unit(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         # the linear part of the map that takes the ellipse to the unit disc
         c, s = math.cos(self.turn_rad), math.sin(self.turn_rad)
         return (c * x + s * y) / self.a_mm, (c * y - s * x) / self.b_mm
