@@ -332,7 +332,8 @@ static void forward_rays(const RadonPlan& plan, const FanTables& tables, int axi
           const Tile tile = make_tile(plan, tables, s, r, count, i0, rows);
           Vec sum[SB];
           // lanes past the segment of a parallel beam lie as far apart as the others
-          if (RECON3D_LEVEL == 3 && across * (plan.fan ? 1 : 16.0 / count) <= 28)
+          if (!plan.fan) across = (kLanes - 1) * (s.d < 0 ? -s.d : s.d);
+          if (RECON3D_LEVEL == 3 && across <= 28)
             add_rays<SB, RECON3D_LEVEL == 3>(tile, plan.fan ? count : kLanes, block, plane, width, rows, n, sum);
           else
             add_rays<SB, false>(tile, count, block, plane, width, rows, n, sum);

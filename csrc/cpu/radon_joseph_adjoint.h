@@ -40,7 +40,8 @@ static int widest_candidates(const RadonPlan& plan) {
     const double near = s.sod - corner;
     // rays of a flat detector are nearest each other close to the source and at the ends of the detector
     const double end = ((s.offset < 0 ? -s.offset : s.offset) + 0.5 * s.cells * s.pitch) / s.sdd;
-    spacing = s.pitch * (near > 1e-3 * s.sod ? near : 1e-3 * s.sod) / s.sdd / (1 + end * end);
+    if (near <= 1e-3 * s.sod) return static_cast<int>(s.cells) + 4;
+    spacing = s.pitch * near / s.sdd / (1 + end * end);
   }
   const double rays = 2 * pixel / spacing + 4;
   return rays < s.cells + 4 ? static_cast<int>(rays) : static_cast<int>(s.cells) + 4;
@@ -92,10 +93,12 @@ static bool make_span(const RadonPlan& plan, const FanTables& t, const Segment& 
     const double lo = axis ? g.dx * sine : -g.dy * cosine, to = axis ? g.dx * cosine : g.dy * sine;
     const double scale = g.sdd / g.pitch, shift = 0.5 * (g.cells - 1) - g.offset / g.pitch;
     double low = 1e30, high = -1e30, nearest = 1e30, turn = 0;
+    bool at_source = false;
     for (int corner = 0; corner < 4; ++corner) {
       const double k = corner & 1 ? kn + 1 : -2, o = corner & 2 ? on - 1 : 0;
       double l = l0 + lk * k + lo * o;
-      if (l < 1e-3 * g.sod) {  // the source is at the image's corner: any ray may come near
+      if (l < 1e-3 * g.sod) {  // all rays meet within a pixel of the block
+        at_source = true;
         l = 1e-3 * g.sod;
         low = -1e9;
         high = 1e9;
@@ -113,7 +116,8 @@ static bool make_span(const RadonPlan& plan, const FanTables& t, const Segment& 
     span.size = least(s.last, c1) - span.first_ray;
     if (span.size <= 0) return false;
     // pad bounds the candidates of every pixel of the image; a corner outside may ask for more
-    span.candidates = 2 * rays + 1 > pad ? pad - 1 : most(2, static_cast<int>(__builtin_ceil(2 * rays + 2e-3)));
+    span.candidates =
+        at_source || 2 * rays + 1 > pad ? pad - 1 : most(2, static_cast<int>(__builtin_ceil(2 * rays + 2e-3)));
     const double base = shift - span.first_ray + pad;
     span.top = static_cast<float>(scale * t0 + base * l0);
     span.top_cell = static_cast<float>(scale * tk + base * lk);
@@ -121,6 +125,12 @@ static bool make_span(const RadonPlan& plan, const FanTables& t, const Segment& 
     span.bottom = static_cast<float>(l0);
     span.bottom_cell = static_cast<float>(lk);
     span.bottom_step = static_cast<float>(lo);
+  }
+  if (span.candidates >= span.size) {  // every pixel meets every ray
+    span.candidates = span.size;
+    span.top = pad + 0.5f * (span.candidates - 1);
+    span.bottom = 1;
+    span.top_cell = span.top_step = span.bottom_cell = span.bottom_step = 0;
   }
   // entries of rays first_ray - pad ... ; those outside the segment are far from every pixel
   span.table = *used;
@@ -162,8 +172,9 @@ RECON3D_INLINE void table_at(const BlockSpans& block, const Span& span, int j, i
 }
 
 // First table entry of the pixels of cells [k, k + 16) at step j.
-RECON3D_INLINE Int table_first(const Span& span, int j, int k, int pad) {
-  const Vec cell = to_float(iota() + splat(k)), step = splat(static_cast<float>(j));
+RECON3D_INLINE Int table_first(const Span& span, int j, int k, int kn, int pad) {
+  // lanes past the block repeat its last pixel: beyond the image the source may lie between them
+  const Vec cell = to_float(vmin(iota() + splat(k), splat(kn - 1))), step = splat(static_cast<float>(j));
   const Vec top = madd(splat(span.top_cell), cell, madd(splat(span.top_step), step, splat(span.top)));
   Vec at = top;
   if (span.bottom_cell != 0 || span.bottom_step != 0 || span.bottom != 1)
@@ -278,8 +289,8 @@ RECON3D_INLINE void even_rows(const Span& span, const float* data, int64_t plane
 
 template <int SB>
 RECON3D_INLINE void table_row(const BlockSpans& block, const Span& span, const float* data, int64_t plane, int j, int k,
-                              int pad, Vec* sum) {
-  const Int first = table_first(span, j, k, pad);
+                              int kn, int pad, Vec* sum) {
+  const Int first = table_first(span, j, k, kn, pad);
   const float* row = data + span.first_ray - pad;
 #if RECON3D_LEVEL == 3
   int base;
@@ -345,7 +356,7 @@ static void adjoint_pixels(const RadonPlan& plan, BlockSpans& block, const float
       for (int k = 0; k < kn; k += kLanes) {
         Vec sum[SB];
         for (int s = 0; s < SB; ++s) sum[s] = load(buffer + s * kSquare + j * kRows + k);
-        table_row<SB>(block, span, data + span.view * stride, plane, j, k, pad, sum);
+        table_row<SB>(block, span, data + span.view * stride, plane, j, k, kn, pad, sum);
         for (int s = 0; s < SB; ++s) store(buffer + s * kSquare + j * kRows + k, sum[s]);
       }
     }
@@ -388,7 +399,7 @@ static void adjoint_slices(const RadonPlan& plan, BlockSpans& block, const float
         for (int g = 0; g < some; ++g) {
           const Span& span = block.spans[g0 + g];
           if (span.size) {
-            const Int first = table_first(span, j, k, pad);
+            const Int first = table_first(span, j, k, kn, pad);
             table_weights(span, block.now + g * room, first, k, rays.weight[g]);
             store(rays.offset[g], (first + splat(span.first_ray - pad)) << 4);
           } else {
@@ -499,7 +510,9 @@ struct SpanMemory {
   }
   static int64_t tables(const RadonPlan& plan, int pad) {
     const int64_t one = table_room(plan, pad);
-    return plan.fan || widest_candidates(plan) >= 8 ? most_spans(plan) * one : one;
+    // parallel spans are even where at most four rays reach a pixel
+    const double pixel = plan.scan.dx > plan.scan.dy ? plan.scan.dx : plan.scan.dy;
+    return plan.fan || 2 * pixel > 3.99 * plan.scan.pitch ? most_spans(plan) * one : one;
   }
   static size_t bytes(const RadonPlan& plan, int pad) {
     return static_cast<size_t>(2 * tables(plan, pad) + kPixelViews * table_room(plan, pad)) * sizeof(int32_t) +
