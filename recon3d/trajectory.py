@@ -49,7 +49,7 @@ def karras(n: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> list
     """n levels from sigma_max down to sigma_min, denser near sigma_min the larger rho is.
 
     >>> [round(s, 3) for s in karras(3, 2.0, 0.02)]
-    [2.0, 0.329, 0.02]
+    [2.0, 0.29, 0.02]
     """
     _range("karras", n, sigma_max, sigma_min)
     if not rho > 0:

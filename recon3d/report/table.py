@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# header, path into what `recon3d.metrics.compare` returns (with data_fit's figures under "data"), digits
-_COLUMNS: tuple[tuple[str, tuple[str, ...], int], ...] = (
-    ("PSNR axial dB", ("axial", "psnr_db"), 2),
-    ("coronal", ("coronal", "psnr_db"), 2),
-    ("sagittal", ("sagittal", "psnr_db"), 2),
-    ("SSIM axial", ("axial", "ssim"), 4),
-    ("coronal", ("coronal", "ssim"), 4),
-    ("sagittal", ("sagittal", "ssim"), 4),
-    ("RMSE", ("volume", "rmse"), 1),
-    ("z ratio", ("through_plane", "ratio"), 2),
-    ("chi2/ray", ("data", "chi2_per_ray"), 2),
-    ("seconds", ("seconds",), 1),
+# header, path into what `recon3d.metrics.compare` returns (with data_fit's figures under "data"), format
+_COLUMNS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("PSNR axial dB", ("axial", "psnr_db"), ".2f"),
+    ("coronal", ("coronal", "psnr_db"), ".2f"),
+    ("sagittal", ("sagittal", "psnr_db"), ".2f"),
+    ("SSIM axial", ("axial", "ssim"), ".4f"),
+    ("coronal", ("coronal", "ssim"), ".4f"),
+    ("sagittal", ("sagittal", "ssim"), ".4f"),
+    ("RMSE", ("volume", "rmse"), ".3g"),
+    ("z ratio", ("through_plane", "ratio"), ".2f"),
+    ("chi2/ray", ("data", "chi2_per_ray"), ".2f"),
+    ("seconds", ("seconds",), ".1f"),
 )
 
 
@@ -32,11 +32,11 @@ def metrics_table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], 
     """
     unit = next((r["settings"]["unit"] for r in results.values() if "settings" in r), None)
     headers, columns = ["method"], []
-    for header, path, digits in _COLUMNS:
+    for header, path, form in _COLUMNS:
         values = [_at(result, path) for result in results.values()]
         if any(value is not None for value in values):
             headers.append(f"{header} {unit}" if header == "RMSE" and unit else header)
-            columns.append(["-" if value is None else f"{value:.{digits}f}" for value in values])
+            columns.append(["-" if value is None else format(value, form) for value in values])
     return headers, [[name, *row] for name, row in zip(results, zip(*columns, strict=True), strict=True)]
 
 
