@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -12,6 +13,7 @@ import torch
 from recon3d.engine import checkpoint as cp
 from recon3d.engine.checkpoint import Checkpoint, CheckpointError
 from recon3d.engine.executor import ResourceError
+from recon3d.io.atomic import atomic_write
 
 STAMP = {"config": "aaaa", "inputs": "bbbb", "prior": "cccc", "version": "1"}
 
@@ -120,15 +122,16 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, code, ro
     monkeypatch.undo()
     saved = Checkpoint(tmp_path, STAMP).load()
     assert saved.meta == {"level": 1} and torch.equal(saved.tensors["u"], tensors(0)["u"])
-    assert not list(tmp_path.glob(".recon3d-tmp-*"))
+    assert not list(tmp_path.glob(".*.tmp"))
     store.save(tensors(1), {"level": 2})
     assert store.load().meta == {"level": 2} and len(list(tmp_path.iterdir())) == 2
 
 
 def test_stale_temporaries_are_swept_and_strangers_left_alone(tmp_path):
-    stale = cp.temporary_beside(tmp_path / "state-1.safetensors")
-    stale.write_bytes(b"half")
-    assert stale.name.endswith(".safetensors")
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(tmp_path / "state-1.safetensors"):
+        left = [p.name for p in tmp_path.iterdir()]
+        raise KeyboardInterrupt
+    (tmp_path / left[0]).write_bytes(b"half")  # what a kill would have left
     (tmp_path / "notes.txt").write_text("mine")
     Checkpoint(tmp_path, STAMP)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

@@ -12,22 +12,21 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from recon3d.engine.executor import ResourceError
+from recon3d.io.atomic import atomic_write
 
 FORMAT = 1
 _POINTER = "LATEST.json"
-_TEMPORARY = ".recon3d-tmp-"
 _NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -215,51 +214,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_atomically(path: Path, body: Callable[[BinaryIO], object]) -> None:
-    """Call `body` with a temporary file beside `path`, flush it to the disk and rename it to `path`.
-
-    The temporary name keeps the suffixes of `path`. When `body` raises, nothing is left behind.
-    """
-    temporary = temporary_beside(path)
-    try:
-        with temporary.open("wb") as file:
-            body(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_dir(path.parent)
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Flush a finished temporary file to the disk and rename it to its final name in the same folder."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_dir(path.parent)
-
-
-def temporary_beside(path: Path) -> Path:
-    """A name in the folder of `path` that `sweep` recognises, with the suffixes of `path`."""
-    return path.with_name(f"{_TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+    """Let `body` write a file that replaces `path` whole; when it raises, nothing is left behind."""
+    with atomic_write(path) as file:
+        body(cast(BinaryIO, file))
 
 
 def sweep(folder: Path) -> int:
     """Remove temporary files that a killed process left in a folder; gives their number."""
-    stale = list(folder.glob(f"{_TEMPORARY}*"))
+    stale = list(folder.glob(".*.tmp"))  # names of recon3d.io.atomic
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)
-
-
-def fsync_dir(folder: Path) -> None:
-    """Flush a folder's entries, so that a rename survives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sha256_file(path: Path) -> str:

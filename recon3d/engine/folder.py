@@ -67,8 +67,6 @@ class RunFolder:
                 if force:
                     self.clear()
                 sweep(self.path)
-                for stale in self.path.glob(".*.tmp"):  # of the writers in recon3d.io
-                    stale.unlink(missing_ok=True)
                 self.events = Events(self.path / EVENTS, listeners)
                 try:
                     yield self

@@ -1,12 +1,13 @@
-"""Files that appear whole or not at all: write beside, fsync, rename."""
+"""A prior's files, each of which appears whole or not at all."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from recon3d.io.atomic import atomic_write
 
 __all__ = ["write_bytes", "write_safetensors", "write_text"]
 
@@ -14,20 +15,8 @@ __all__ = ["write_bytes", "write_safetensors", "write_text"]
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content`; after a crash at any moment it holds either the old or the new bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temp.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        temp.replace(path)
-    finally:
-        temp.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def write_text(path: Path, content: str) -> None:
