@@ -31,8 +31,8 @@ _DUAL_VOLUMES, _PULL_VOLUMES = 2, 2
 _DATA_SINOGRAMS = 2
 # sinograms and volumes of complex numbers that filtering one slab takes: padded transforms there and back
 _FILTERED, _FILTER_SLAB, _SPECTRA, _SPECTRUM_SLAB = 10, 16, 5, 8
-# code and tables that load on first use, and gaps in the heap: 15 to 35 MiB measured over recipes and sizes
-_OVERHEAD = 24 << 20
+# code and tables that load on first use, and gaps in the heap: 5 to 55 MiB measured over recipes and sizes
+_OVERHEAD = 32 << 20
 # picture: filtered back projection, both volumes in HU, and the plotting library
 _PICTURE_VOLUMES, _PICTURE_BYTES = 5, 70 << 20
 
