@@ -51,7 +51,7 @@ def tv3d_value(x: Tensor, factors: Factors = (1.0, 1.0, 1.0)) -> Tensor:
 
 
 def tv3d_dual_(p: Tensor, xbar: Tensor, sigma: float, limit: float, factors: Factors = (1.0, 1.0, 1.0)) -> None:
-    """Dual sweep, in place: p <- (p + sigma D xbar) / max(1, |.| / limit).
+    """Dual sweep, in place: p <- (p + sigma D xbar) / max(1, norm / limit).
 
     Args:
         p: dual field, [3, z, y, x] float32 or float64, contiguous; components along z, y, x. Those of a last slice, row

@@ -117,7 +117,7 @@ def tvz_update(
         ValueError: shapes differ, no axis, threshold negative, or a number is not finite.
         TypeError: not float32 or float64, or dtypes differ.
 
-    Kernels: torch (any device), C++ (CPU), Triton (CUDA). See tvz_update_ for the form that allocates nothing.
+    Kernels: torch (any device), C++ (CPU), Triton (CUDA). See `tvz_update_` for the form that allocates nothing.
 
     >>> x = torch.tensor([0.0, 5.0, 5.5])
     >>> z, w, g = tvz_update(x, torch.zeros(3), torch.zeros(3), threshold=1.0)
