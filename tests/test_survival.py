@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ from recon3d.engine.checkpoint import CheckpointError
 from recon3d.engine.events import read_events
 from recon3d.engine.executor import Interrupted, NonFiniteError, ResourceError
 from recon3d.engine.job import Schedule
+from recon3d.engine.problem import Problem
+from recon3d.geometry import ParallelBeam, VolumeGrid
+from recon3d.priors import load_prior
+from recon3d.recipes import load_recipe
 
 HERE = Path(__file__).parent
 
@@ -24,7 +29,7 @@ def scenario(name: str, folder: Path) -> dict:
     done = subprocess.run(
         [sys.executable, str(HERE / "survivors.py"), name, str(folder)],
         capture_output=True, text=True, timeout=550, cwd=HERE.parent, check=False,
-        env={**__import__("os").environ, "PYTHONPATH": str(HERE.parent), "OMP_WAIT_POLICY": "passive"},
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_WAIT_POLICY": "passive"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -157,3 +162,16 @@ def test_a_file_where_the_folder_should_be(tmp_path):
     with pytest.raises(OSError):
         reconstruction(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_prior_set_to_another_range_is_another_prior():
+    # its card stays the same, and a checkpoint made with the first range must not be continued with the second
+    beam, grid = ParallelBeam((0.0,), 8, 1.0), VolumeGrid((1, 8, 8), (1.0, 1.0, 1.0))
+
+    def digest(scale):
+        prior = load_prior("ct")
+        prior.offset = prior.scale = scale
+        y = torch.zeros(1, 1, 8)
+        return Problem(y=y, geometry=beam, grid=grid, recipe=load_recipe("ct"), prior=prior).prior_digest()
+
+    assert digest(0.0193) == digest(0.0193) != digest(0.02)

@@ -142,6 +142,7 @@ class Problem(Scan):
         """Digest of the prior: of its weights and card, or of its description when it has none."""
         card = getattr(self.prior, "card", None)
         text = card.model_dump_json() if card is not None else repr(self.prior)
+        text += f" {self.prior.offset!r} {self.prior.scale!r}"  # a caller may have set them apart from the card
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _check_sigma(self) -> str | None:
