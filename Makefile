@@ -25,11 +25,13 @@ test: $(if $(HAVE_TEST),,$(VENV)/test)
 bench: $(if $(HAVE_TEST),,$(VENV)/test)
 	for op in radon renoise tvz cg job; do $(RUN_TEST) -m bench $$op --quick || exit 1; done
 
+# a tool that the Python below .venv already has gets no script of its own in .venv/bin
+lint: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 lint: $(VENV)/lint
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
-	find csrc \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' \) -print0 | xargs -0 $(VENV)/bin/clang-format --dry-run -Werror
+	ruff check .
+	ruff format --check .
+	$(VENV)/bin/python -m mypy
+	find csrc \( -name '*.cpp' -o -name '*.cu' -o -name '*.h' \) -print0 | xargs -0 clang-format --dry-run -Werror
 
 env: $(VENV)/test $(VENV)/lint
 
