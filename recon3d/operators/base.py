@@ -58,6 +58,19 @@ class LinearOperator(ABC):
         y = self.forward(x)
         return self.adjoint(y if weights is None else y.mul_(weights) if not y.requires_grad else y * weights)
 
+    def residual(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+        """A* W (y - A x), the downhill direction of 1/2 ||y - A x||^2_W; weights broadcast over the measurement."""
+        misfit = y - self.forward(x)
+        return self.adjoint(misfit if weights is None else misfit.mul_(weights))
+
+    def slab(self, start: int, stop: int) -> LinearOperator:
+        """The operator of slices start to stop - 1 alone, for operators with slice coupling.
+
+        Raises:
+            NotImplementedError: this operator cannot be cut along z.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be cut into slabs")
+
     def pinv(self, y: Tensor) -> Tensor:
         """An approximate inverse (filtered back projection, gridding).
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from dataclasses import replace
 from typing import Literal, Self
 
 import torch
@@ -63,6 +65,14 @@ class CTOperator(LinearOperator):
     def pinv(self, y: Tensor) -> Tensor:
         """Filtered back projection with the Ram-Lak filter, in 1/mm."""
         return ops.fbp(y, self.geometry, self.grid.slice_shape, self.grid.pixel_mm)
+
+    def slab(self, start: int, stop: int) -> Self:
+        """The operator of slices start to stop - 1 alone."""
+        part = copy.copy(self)
+        part.grid = self.grid.slab(start, stop)
+        part.domain = replace(self.domain, shape=part.grid.shape)
+        part.range = replace(self.range, shape=(stop - start, *self.range.shape[1:]))
+        return part
 
     def subsets(self, n: int) -> list[tuple[Self, Tensor]]:
         """n interleaved view subsets (operator, view indices).

@@ -46,7 +46,13 @@ def check_slices_independent(operator: LinearOperator, seed: int = 0, limit: flo
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(operator.domain.shape, generator=generator, dtype=operator.domain.dtype)
     whole = operator(x)
-    gap = max(float((operator(x[k : k + 1]) - whole[k : k + 1]).norm() / whole.norm()) for k in range(x.shape[0]))
+    gap = 0.0
+    for k in range(x.shape[0]):
+        try:
+            part = operator.slab(k, k + 1)
+        except NotImplementedError:  # then it takes any number of slices
+            part = operator
+        gap = max(gap, float((part(x[k : k + 1]) - whole[k : k + 1]).norm() / whole.norm()))
     assert gap <= limit, f"a slice alone differs from the slice in the stack by {gap:.2e}, over {limit:.0e}"
     return gap
 
