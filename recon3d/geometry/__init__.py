@@ -2,9 +2,13 @@
 
 Image coordinates: column j lies at X = (j - (nx-1)/2) dx, row i at Y = (i - (ny-1)/2) dy, Y pointing down the rows;
 the rotation axis is at (0, 0). Detector cell k lies at (k - (n-1)/2) pitch + offset.
+
+k-space: pixel i of N lies at n = i - N//2, and a sample at k radians per pixel sees sum_n x_n e^{-i k n}. Generators of
+trajectories are in recon3d.geometry.mri.
 """
 
 from recon3d.geometry.ct import FanBeam, GeometryWarning, ParallelBeam, ScanGeometry, equiangular
 from recon3d.geometry.grid import VolumeGrid
+from recon3d.geometry.mri import Trajectory
 
-__all__ = ["FanBeam", "GeometryWarning", "ParallelBeam", "ScanGeometry", "VolumeGrid", "equiangular"]
+__all__ = ["FanBeam", "GeometryWarning", "ParallelBeam", "ScanGeometry", "Trajectory", "VolumeGrid", "equiangular"]
