@@ -118,14 +118,14 @@ def test_radial():
 
 
 def test_spiral():
-    t = spiral(4, 500, (64, 64))
-    points = t.points.reshape(4, 500, 2)
+    t = spiral(4, 1200, (64, 64))
+    points = t.points.reshape(4, 1200, 2)
     assert points[:, 0].abs().max() == 0
     assert points[:, -1].norm(dim=-1) == pytest.approx([math.pi] * 4)
     step = points.diff(dim=1).norm(dim=-1)  # chords, shorter than the arc where it turns fast
     assert step[:, 9:].max() <= 1.02 * step[:, 9:].min()
     # one Nyquist distance between neighbouring arms: along any ray they cross every 2 pi / 64
-    assert t.undersampling() < 1.3 and spiral(2, 500, (64, 64), turns=8).undersampling() > 1.7
+    assert t.undersampling() < 1.3 and spiral(2, 1200, (64, 64), turns=8).undersampling() > 1.7
     golden = spiral(2, 3, (64, 64), golden=True).points.reshape(2, 3, 2)
     turn = math.atan2(*golden[1, 2].tolist()) - math.atan2(*golden[0, 2].tolist())
     assert math.degrees(turn) % 360 == pytest.approx(137.508, abs=1e-3)
