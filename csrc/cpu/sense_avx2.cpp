@@ -1,0 +1,31 @@
+// The lane kernels for x86-64 with AVX2 and FMA.
+#include <cstdlib>
+#include <new>
+
+#include "common.h"
+#include "cpu/sense.h"
+
+#ifdef RECON3D_X86_LEVELS
+#include <immintrin.h>
+
+// every vector argument belongs to an inlined function, so no call depends on how vectors are passed
+#pragma GCC diagnostic ignored "-Wpsabi"
+#pragma GCC target("avx2,fma")
+#define RECON3D_LEVEL 2
+
+namespace recon3d {
+namespace {
+// each needs the one before it
+// clang-format off
+#include "cpu/lane_fft.h"
+#include "cpu/lane_batch.h"
+// clang-format on
+constexpr LaneKernelSet kKernels{{fft_rows<float>}, {fft_rows<double>}};
+}  // namespace
+extern const LaneKernelSet* const kLaneAvx2 = &kKernels;
+}  // namespace recon3d
+#else
+namespace recon3d {
+extern const LaneKernelSet* const kLaneAvx2 = nullptr;
+}
+#endif

@@ -1,0 +1,21 @@
+// The lane kernels for every processor.
+#include <cstdlib>
+#include <new>
+
+#include "common.h"
+#include "cpu/sense.h"
+
+// every vector argument belongs to an inlined function, so no call depends on how vectors are passed
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define RECON3D_LEVEL 0
+
+namespace recon3d {
+namespace {
+// each needs the one before it
+// clang-format off
+#include "cpu/lane_fft.h"
+#include "cpu/lane_batch.h"
+// clang-format on
+}  // namespace
+extern const LaneKernelSet kLanePortable{{fft_rows<float>}, {fft_rows<double>}};
+}  // namespace recon3d
