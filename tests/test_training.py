@@ -18,9 +18,11 @@ import torch
 
 from recon3d.io import BadInput
 from recon3d.priors import load_prior
+from recon3d.priors.checkpoints import read_folder, write_folder
 from recon3d.priors.checkpoints.atomic import write_bytes
 from recon3d.priors.training import TrainConfig, train
-from recon3d.priors.training.data import SliceData, load_volume
+from recon3d.priors.training.config import PhaseConfig
+from recon3d.priors.training.data import SliceData, load_volume, random_phase
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -188,6 +190,153 @@ def test_volumes_that_cannot_train(raw, tmp_path, values):
         load_volume(tmp_path / "bad.nii.gz", _config(raw).data)
 
 
+# ---------------------------------------------------------------- magnitudes and complex slices
+
+MAGNITUDES = {"clip": [0, 1e9], "file_scale": 1.0, "percentile": 99.0, "background": 0, "least_mean": 0.02}
+PLAIN = {"native_share": 1.0, "gain_jitter": 0.0, "offset_jitter": 0.0, "flip_rows": 0.0}
+
+
+@pytest.fixture
+def mr(raw, tmp_path) -> dict:
+    """The same run on magnitudes: discs of signal in empty air, brighter from volume to volume."""
+    for k, name in enumerate(("train0", "train1", "held")):
+        values = (_volume(tmp_path / f"{name}.nii.gz", k) + 1000) * (k + 1)
+        nibabel.save(
+            nibabel.Nifti1Image(values.astype(np.int16), np.diag([-1, -1, 3, 1.0])), tmp_path / f"{name}.nii.gz"
+        )
+    network = {**raw["network"], "in_channels": 2, "out_channels": 2}
+    return {**raw, "network": network, "data": {**raw["data"], **MAGNITUDES, "complex": True}, "sigma_data": 0.4}
+
+
+def _one_channel(mr: dict, **data) -> SliceData:
+    network = {**mr["network"], "in_channels": 1, "out_channels": 1}
+    return SliceData(_config(mr, network=network, data={**mr["data"], "complex": False, **PLAIN, **data}))
+
+
+def test_each_volume_has_its_own_scale(mr):
+    for volume in _one_channel(mr).volumes:
+        assert float(torch.quantile(volume.values, 0.99)) == pytest.approx(1, abs=0.01) and volume.open_air
+
+
+def test_a_percentile_must_be_above_zero(mr, tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((20, 20, 3), np.int16), np.eye(4)), tmp_path / "train1.nii.gz")
+    with pytest.raises(ValueError, match=r"train1\.nii\.gz: percentile 99 is not above"):
+        SliceData(_config(mr))
+
+
+def test_the_floor_empties_air_and_keeps_signal(mr):
+    plain, floored = _one_channel(mr).volumes[0].values, _one_channel(mr, floor=0.3).volumes[0].values
+    assert torch.allclose(floored, (plain**2 - 0.09).clamp(min=0).sqrt(), atol=1e-6)
+    assert float(floored.amin()) == 0 and float(floored.amax()) > 0.9
+
+
+def test_complex_crops_are_the_magnitudes_under_a_smooth_phase(mr):
+    """Twice the same random numbers, once without phase: magnitudes agree, and phases hardly change per pixel."""
+    mr["crops"], mr["data"]["phase"] = [{"size": 32, "batch": 4}], {"step": 0.0, "flat": 0.0}
+    data = SliceData(_config(mr, data={**mr["data"], **PLAIN, "sources": [{"path": "train0.nii.gz"}]}))
+    windows = data.volumes[0].values.unfold(1, 32, 1).unfold(2, 32, 1)
+    turns = []
+    for step in range(6):
+        clean, _, noise = data.batch(step)
+        assert clean.shape == noise.shape == (4, 2, 32, 32)
+        for x in torch.complex(clean[:, 0], clean[:, 1]):
+            found = [(windows - f).abs().amax((-1, -2)).amin() for f in (x.abs(), x.abs().flip(1))]
+            assert min(found) < 1e-5
+            z = x[x.abs().amin(dim=1) > 0.1]
+            turns.append((z[:, 1:] * z[:, :-1].conj()).angle().abs().max() if z.numel() else torch.zeros(()))
+    assert 0.01 < float(torch.stack(turns).max()) < 0.6
+
+
+def test_phase_options():
+    config, m = _PHASES["flat"], torch.rand(24, 40)
+    flat = random_phase(np.random.default_rng(0), m, config)
+    assert float(flat.amax() - flat.amin()) == 0 and flat.shape == m.shape
+    assert float(random_phase(np.random.default_rng(1), m, config)[0, 0]) != float(flat[0, 0])
+    m = torch.zeros(24, 40)
+    m[8:16, 8:16] = 1
+    steps = [random_phase(np.random.default_rng(k), m, _PHASES["step"]) for k in range(8)]
+    assert max(float((p[8, 8] - p[0, 0]).abs()) for p in steps) > 0.5  # bright against dark
+    assert all(float((p[8, 8] - p[15, 15]).abs()) < 1e-5 for p in steps)
+
+
+_PHASES = {
+    "flat": PhaseConfig(flat=1.0),
+    "step": PhaseConfig(flat=0.0, slope=0.0, bowl=0.0, waves=0.0, step=1.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "holds"),
+    [
+        ({"gain": [0.5, 0.5]}, lambda x, y: torch.allclose(y, 0.5 * x)),
+        ({"gamma": [1.5, 1.5]}, lambda x, y: torch.allclose(y, x**1.5, atol=1e-6)),
+        ({"quarter_turns": 1.0}, lambda x, y: torch.equal(y.amax((-1, -2)), x.amax((-1, -2)))),
+        ({"shading": 3.0}, lambda x, y: torch.equal(x == 0, y == 0) and 1.05 < _ratio(x, y) <= 3.001),
+    ],
+)
+def test_intensity_and_pose(mr, change, holds):
+    mr["crops"] = [{"size": 32, "batch": 1}]
+    before, after = _one_channel(mr), _one_channel(mr, **change)
+    for step in range(3):
+        x, y = before.batch(step)[0], after.batch(step)[0]
+        assert holds(x, y) and not torch.equal(x, y)
+
+
+def _ratio(x: torch.Tensor, y: torch.Tensor) -> float:
+    field = y[x > 0] / x[x > 0]
+    return float(field.amax() / field.amin())
+
+
+def test_complex_validation_is_fixed_and_keeps_the_magnitude(mr):
+    a, b = SliceData(_config(mr)).validation_set(), SliceData(_config(mr)).validation_set()
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[0].shape == a[1].shape == (2, 2, 36, 40)
+    held = SliceData(_config(mr)).validation.values
+    for x in a[0]:
+        assert (x.square().sum(0).sqrt() - held).abs().amax((-1, -2)).amin() < 1e-5
+
+
+def test_a_complex_prior_learns(mr):
+    result = train(_config(mr, steps=50, learning_rate=5e-3, validate_every_steps=50))
+    assert result.validation[0.5] > 6.02 + 5
+    card = load_prior(result.prior).card
+    assert card.channels == 2 and card.value_range is None
+    assert card.training["one network unit"] == "percentile 99 of a volume"
+
+
+def test_init_takes_what_fits(mr, raw, tmp_path):
+    """A one-channel run starts a two-channel one: all but the first and the last convolution."""
+    first = train(_config(raw, steps=4, warmup_steps=0))
+    _, state = read_folder(first.prior)
+    second = train(_config(mr, out=str(tmp_path / "second"), init=str(first.prior), steps=1, learning_rate=1e-12))
+    _, got = read_folder(second.prior)
+    same = {k for k in got if got[k].shape == state[k].shape and torch.allclose(got[k], state[k], atol=1e-4)}
+    assert set(got) - same == {"stem.weight", "head.weight", "head.bias"}
+    assert load_prior(second.prior).card.training["init"] == "prior"
+    with pytest.raises(ValueError, match="no tensor with a name and shape"):
+        (tmp_path / "empty").mkdir()
+        write_folder(tmp_path / "empty", load_prior(first.prior).card, {"x": torch.zeros(1)})
+        train(_config(mr, out=str(tmp_path / "third"), init=str(tmp_path / "empty")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"network": {"channels": [8, 16], "group_size": 8}}, "must be 2 where data.complex is True"),
+        ({"data": {"background": -1024}}, "need magnitudes"),
+        ({"data": {"clip": [-5, 10]}}, "need magnitudes"),
+        ({"data": {"gain": [0, 1]}}, "gain must be"),
+        ({"data": {"gamma": [1.4, 0.7]}}, "gamma must be"),
+        ({"data": {"percentile": 101}}, "percentile"),
+        ({"data": {"shading": 0.5}}, "shading"),
+    ],
+)
+def test_complex_config_rejects(mr, changes, says):
+    if "data" in changes:
+        changes["data"] = {**mr["data"], **changes["data"]}
+    with pytest.raises(ValueError, match=says):
+        _config(mr, **changes)
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -217,9 +366,12 @@ def test_config_from_yaml(raw, tmp_path):
         TrainConfig.load(tmp_path / "c.yaml")
 
 
-def test_the_packaged_configuration_reads():
+def test_the_packaged_configurations_read():
     config = TrainConfig.load(CHECKOUT / "docs" / "train_ct.yaml")
     assert config.card.name == "ct" and config.card.scale == config.card.offset == 0.0193
+    config = TrainConfig.load(CHECKOUT / "docs" / "train_mr.yaml")
+    assert config.data.complex and (config.card.name, config.card.offset, config.card.scale) == ("mr", 0.0, 1.0)
+    assert Path(config.data.validation).name == "mr_brain_oms20_t1w.nii.gz"
 
 
 # ---------------------------------------------------------------- the run

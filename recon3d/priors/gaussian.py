@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recon3d.priors.base import ModelCard
 
-__all__ = ["GaussianPrior", "cosine_basis", "power_law"]
+__all__ = ["ComplexGaussianPrior", "GaussianPrior", "cosine_basis", "power_law"]
 
 
 def cosine_basis(n: int) -> Tensor:
@@ -82,3 +82,38 @@ class GaussianPrior:
         """C over flattened slices, [pixels, pixels] float64."""
         basis = torch.kron(self._rows, self._columns)  # [frequencies, pixels]
         return basis.T @ (self.spectrum.flatten()[:, None] * basis)
+
+
+class ComplexGaussianPrior:
+    """A circular complex Gaussian over slices: both parts N(., C), independent, C as in `GaussianPrior`.
+
+    Args:
+        spectrum: variances of one real component over [row, col] frequencies, user units squared, positive.
+        mean: one complex number or a [row, col] slice, user units.
+        scale: user units per network unit; recipes give noise levels in network units.
+    """
+
+    offset = 0.0
+
+    def __init__(self, spectrum: Tensor, mean: complex | Tensor = 0.0, scale: float = 1.0) -> None:
+        self.part = GaussianPrior(spectrum, 0.0, 0.0, scale)
+        self.mean = torch.as_tensor(mean, dtype=torch.complex128).expand(spectrum.shape)
+        self.scale = scale
+        self.card = self.part.card
+
+    def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
+        """E[x0 | x0 + sigma (e_r + i e_i) = u], [batch, 1, row, col] complex in user units."""
+        if not u.is_complex():
+            raise ValueError(f"ComplexGaussianPrior: u must be complex, got {str(u.dtype).removeprefix('torch.')}")
+        mean = self.mean.to(u)
+        rest = u - mean
+        return mean + torch.complex(self.part.denoise(rest.real, sigma), self.part.denoise(rest.imag, sigma))
+
+    def sample(self, n: int, seed: int = 0) -> Tensor:
+        """n slices from the prior, [n, row, col] complex128."""
+        parts = self.part.sample(2 * n, seed)
+        return self.mean + torch.complex(parts[:n], parts[n:])
+
+    def covariance(self) -> Tensor:
+        """C of either part over flattened slices, [pixels, pixels] float64; the parts are independent."""
+        return self.part.covariance()

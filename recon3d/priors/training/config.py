@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recon3d.priors.networks import UNetConfig
 
-__all__ = ["CropConfig", "DataConfig", "SourceConfig", "TrainConfig"]
+__all__ = ["CropConfig", "DataConfig", "PhaseConfig", "SourceConfig", "TrainConfig"]
 
 
 class _Strict(BaseModel):
@@ -35,6 +35,18 @@ class CropConfig(_Strict):
     share: float = Field(1.0, gt=0)
 
 
+class PhaseConfig(_Strict):
+    """The random phase of complex slices: a constant, a slope, a bowl, a few waves, and a step where fat is."""
+
+    flat: float = Field(0.15, ge=0, le=1, description="share of slices with the constant phase alone")
+    slope: float = Field(0.7, ge=0, description="cycles over 256 pixels and axis, standard deviation")
+    bowl: float = Field(1.0, ge=0, description="cycles at 256 pixels from its centre, standard deviation")
+    waves: float = Field(
+        0.12, ge=0, description="cycles, standard deviation of each of three waves of 90 to 400 pixels"
+    )
+    step: float = Field(0.3, ge=0, le=1, description="share of slices whose bright voxels are turned against the rest")
+
+
 class DataConfig(_Strict):
     """Slices and how they are augmented. The network sees (value - offset) / scale, values in `unit`."""
 
@@ -48,6 +60,12 @@ class DataConfig(_Strict):
     clip: tuple[float, float] = Field((-1024.0, 3072.0), description="file values are clipped to this, then mapped")
     file_offset: float = Field(0.0, description="network value = (file value - file_offset) / file_scale")
     file_scale: float = Field(1000.0, gt=0)
+    percentile: float | None = Field(
+        None, gt=50, le=100, description="each volume is divided by this percentile of its values, not by file_scale"
+    )
+    floor: float = Field(
+        0.0, ge=0, description="network units: a magnitude m becomes sqrt(max(0, m^2 - floor^2)), which empties air"
+    )
     background: float = Field(-1024.0, description="file value outside the image (air)")
     spacing_mm: tuple[float, float] = Field((0.8, 2.2), description="in-plane spacings the network is shown")
     native_share: float = Field(
@@ -62,6 +80,15 @@ class DataConfig(_Strict):
     )
     gain_jitter: float = Field(0.03, ge=0, lt=1)
     offset_jitter: float = Field(0.01, ge=0, description="network units")
+    least_mean: float = Field(0.2, description="a crop whose mean is no further above the background is drawn again")
+    quarter_turns: float = Field(0.0, ge=0, le=1, description="share of crops transposed (with the flips: all 8 poses)")
+    gain: tuple[float, float] = Field((1.0, 1.0), description="brightness of a crop, log-uniform")
+    gamma: tuple[float, float] = Field((1.0, 1.0), description="contrast of a crop: a magnitude m becomes m^gamma")
+    shading: float = Field(
+        1.0, ge=1, description="a smooth field, as receive coils leave it, brightens and darkens by up to this ratio"
+    )
+    complex: bool = Field(False, description="two channels: the real and the imaginary part, under a random phase")
+    phase: PhaseConfig = PhaseConfig()
 
     @model_validator(mode="after")
     def _ordered(self) -> DataConfig:
@@ -69,6 +96,15 @@ class DataConfig(_Strict):
             low, high = getattr(self, name)
             if not low < high:
                 raise ValueError(f"{name} must be [low, high] with low < high, got [{low}, {high}]")
+        for name in ("gain", "gamma"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]")
+        magnitudes = self.floor > 0 or self.gamma != (1.0, 1.0) or self.complex
+        if magnitudes and (self.background != 0 or self.file_offset != 0 or self.clip[0] < 0):
+            raise ValueError(
+                "complex, floor and gamma need magnitudes: set background and file_offset to 0 and clip from 0"
+            )
         return self
 
 
@@ -89,6 +125,9 @@ class TrainConfig(_Strict):
 
     out: str = Field(description="folder for checkpoints, validation curve and the finished prior")
     seed: int = 0
+    init: str | None = Field(
+        None, description="prior folder whose tensors are taken where names and shapes agree; the rest starts anew"
+    )
     network: UNetConfig = UNetConfig()
     data: DataConfig
     card: CardConfig = CardConfig()
@@ -123,6 +162,12 @@ class TrainConfig(_Strict):
             raise ValueError("give exactly one of steps and budget_minutes")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
             raise ValueError(f"sigma_range must be [low, high] with 0 < low < high, got {list(self.sigma_range)}")
+        wanted = 2 if self.data.complex else 1
+        if (self.network.in_channels, self.network.out_channels) != (wanted, wanted):
+            raise ValueError(
+                f"network: in_channels and out_channels must be {wanted} where data.complex is {self.data.complex}, "
+                f"got {self.network.in_channels} and {self.network.out_channels}"
+            )
         for crop in self.crops:
             if crop.size % self.network.multiple:
                 raise ValueError(f"crops: size must be a multiple of {self.network.multiple}, got {crop.size}")

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recon3d.io import BadInput
-from recon3d.priors.training.config import DataConfig, TrainConfig
+from recon3d.priors.training.config import DataConfig, PhaseConfig, TrainConfig
 
-__all__ = ["SliceData", "Volume", "load_volume"]
+__all__ = ["SliceData", "Volume", "load_volume", "random_phase"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,18 @@ def load_volume(path: Path, data: DataConfig, weight: float = 1.0, max_block_z: 
         volume, spacing = volume.transpose(1, 0, 2), (spacing[1], spacing[0], spacing[2])
     elif data.plane == "sagittal":
         volume, spacing = volume.transpose(2, 0, 1), (spacing[2], spacing[0], spacing[1])
+    scale = data.file_scale
+    if data.percentile is not None:
+        scale = float(np.percentile(volume, data.percentile)) - data.file_offset
+        if not scale > 0:
+            raise ValueError(f"training data {path}: percentile {data.percentile:g} is not above file_offset")
     border = np.concatenate(
         [volume[:, 0].ravel(), volume[:, -1].ravel(), volume[:, :, 0].ravel(), volume[:, :, -1].ravel()]
     )
-    open_air = bool(np.median(np.abs(border - data.background)) < 0.1 * data.file_scale)
-    net = torch.from_numpy(np.ascontiguousarray((volume - data.file_offset) / data.file_scale, dtype=np.float32))
+    open_air = bool(np.median(np.abs(border - data.background)) < 0.1 * scale)
+    net = torch.from_numpy(np.ascontiguousarray((volume - data.file_offset) / scale, dtype=np.float32))
+    if data.floor > 0:
+        net = (net.square() - data.floor**2).clamp(min=0).sqrt()
     return Volume(Path(path).name.removesuffix(".gz").removesuffix(".nii"), net, spacing, weight, max_block_z, open_air)
 
 
@@ -96,12 +103,12 @@ class SliceData:
         self._background = (data.background - data.file_offset) / data.file_scale
 
     def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean crops [b, 1, row, col], noise levels [b] and unit noise [b, 1, row, col] of a step."""
+        """Clean crops [b, channel, row, col], noise levels [b] and unit noise shaped as the crops."""
         cfg = self.config
         rng = np.random.Generator(np.random.Philox(key=cfg.seed, counter=[0, 0, 0, step]))
         shares = np.array([c.share for c in cfg.crops])
         crop = cfg.crops[int(rng.choice(len(shares), p=shares / shares.sum()))]
-        clean = torch.stack([self._crop(rng, crop.size) for _ in range(crop.batch)])[:, None]
+        clean = torch.stack([self._crop(rng, crop.size) for _ in range(crop.batch)])
         # stratified over the batch: every step sees low and high levels
         u = (rng.permutation(crop.batch) + rng.random(crop.batch)) / crop.batch
         log_sigma = cfg.log_sigma_mean + cfg.log_sigma_std * _normal_quantile(u)
@@ -117,9 +124,10 @@ class SliceData:
         m = self.config.network.multiple
         h, w = v.shape[1] // m * m, v.shape[2] // m * m
         clean = v[torch.from_numpy(index), :h, :w][:, None].contiguous()
-        noise = np.random.Generator(np.random.Philox(key=[self.config.seed, 1])).standard_normal(
-            clean.shape, dtype=np.float32
-        )
+        rng = np.random.Generator(np.random.Philox(key=[self.config.seed, 1]))
+        if self.config.data.complex:
+            clean = torch.stack([_turned(x[0], random_phase(rng, x[0], self.config.data.phase)) for x in clean])
+        noise = rng.standard_normal(clean.shape, dtype=np.float32)
         return clean, torch.from_numpy(noise)
 
     def _crop(self, rng: np.random.Generator, size: int) -> Tensor:
@@ -133,15 +141,24 @@ class SliceData:
             z = int(rng.integers(0, volume.values.shape[0] - thick + 1))
             x = volume.values[z] if thick == 1 else volume.values[z : z + thick].mean(dim=0)
             x = self._cut(rng, x, size, zoom, angle, volume.open_air)
-            if float(x.mean()) > self._background + 0.2:  # not an all-background crop
+            if float(x.mean()) > self._background + data.least_mean:  # not an all-background crop
                 break
         for axis, share in ((1, 0.5), (0, data.flip_rows)):
             if rng.random() < share:
                 x = x.flip(axis)
+        if data.quarter_turns > 0 and rng.random() < data.quarter_turns:
+            x = x.mT
         gain = 1 + data.gain_jitter * (2 * rng.random() - 1)
         shift = data.offset_jitter * (2 * rng.random() - 1)
+        gain *= _between(rng, data.gain)
+        gamma = _between(rng, data.gamma)
+        if gamma != 1:
+            x = x.clamp(min=0) ** gamma
+        if data.shading > 1:
+            x = (x - self._background) * _shading(rng, size, data.shading) + self._background
         # the gain acts about the background, so that air stays air
-        return (x - self._background) * gain + self._background + shift
+        x = (x - self._background) * gain + self._background + shift
+        return _turned(x, random_phase(rng, x, data.phase)) if data.complex else x[None]
 
     def _grid(self, rng: np.random.Generator, volume: Volume) -> tuple[float, float]:
         """(spacing change, rotation in radians); (1, 0) = the voxel grid itself."""
@@ -187,6 +204,52 @@ def _start(rng: np.random.Generator, n: int, size: int) -> int:
     if n > size:
         return int(rng.integers(0, n - size + 1))
     return (n - size) // 2 + int(rng.integers(-8, 9)) * int(n < size)
+
+
+def random_phase(rng: np.random.Generator, magnitude: Tensor, phase: PhaseConfig) -> Tensor:
+    """A smooth phase [row, col] in radians for a slice of magnitudes, as `PhaseConfig` describes it."""
+    flat, step = rng.random() < phase.flat, rng.random() < phase.step
+    h, w = magnitude.shape
+    cycles = torch.full((h, w), float(rng.random()))
+    if flat:
+        return 2 * math.pi * cycles
+    row, col = ((torch.arange(n, dtype=torch.float32) - n / 2) / 256 for n in (h, w))
+    y, x = row[:, None], col[None]
+    cycles = cycles + phase.slope * (float(rng.normal()) * y + float(rng.normal()) * x)
+    cycles = cycles + phase.bowl * (rng.normal() * y**2 + rng.normal() * y * x + rng.normal() * x**2)
+    cycles = cycles + phase.waves * _waves(rng, y, x, 3)
+    if step:  # fat precesses at another frequency than water
+        level, turn = rng.uniform(0.3, 0.8) * float(magnitude.max()), rng.uniform(-0.5, 0.5)
+        cycles = cycles + turn * torch.sigmoid((magnitude - level) / 0.05)
+    return 2 * math.pi * cycles
+
+
+def _turned(magnitude: Tensor, phase: Tensor) -> Tensor:
+    return torch.stack([magnitude * phase.cos(), magnitude * phase.sin()])
+
+
+def _waves(rng: np.random.Generator, y: Tensor, x: Tensor, n: int) -> Tensor:
+    """The sum of n cosines of random amplitude, direction, shift and length, y and x in units of 256 pixels."""
+    total = torch.zeros(())
+    for _ in range(n):
+        angle, k = rng.uniform(0, 2 * math.pi), 256 / math.exp(rng.uniform(math.log(90), math.log(400)))
+        at = k * (math.cos(angle) * y + math.sin(angle) * x) + rng.random()
+        total = total + float(rng.normal()) * torch.cos(2 * math.pi * at)
+    return total
+
+
+def _shading(rng: np.random.Generator, size: int, ratio: float) -> Tensor:
+    """A smooth positive field [size, size], highest over lowest value at most `ratio`, about 1 in the middle."""
+    t = (torch.arange(size, dtype=torch.float32) - size / 2) / 256
+    f = _waves(rng, t[:, None], t[None], 2) + float(rng.normal()) * t[:, None] + float(rng.normal()) * t[None]
+    f = f - 0.5 * (f.amax() + f.amin())
+    return torch.exp(f * (0.5 * math.log(ratio) * rng.random() / float(f.abs().amax().clamp(min=1e-6))))
+
+
+def _between(rng: np.random.Generator, ends: tuple[float, float]) -> float:
+    """Log-uniform; nothing is drawn where there is no choice."""
+    low, high = ends
+    return low if low == high else math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
 def _normal_quantile(u: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from recon3d.io import BadInput
 from recon3d.priors.base import ModelCard
 from recon3d.priors.checkpoints.atomic import write_safetensors
-from recon3d.priors.checkpoints.folder import write_folder
+from recon3d.priors.checkpoints.folder import read_folder, write_folder
 from recon3d.priors.networks import EDMDenoiser, UNet
 from recon3d.priors.training.config import TrainConfig
 from recon3d.priors.training.curve import write_curve
@@ -103,6 +103,9 @@ class _Run:
         self.data = SliceData(config)
         device = torch.device(config.device)
         self.model = self._denoiser(device)
+        self.checkpoint = self.out / "checkpoint.safetensors"
+        if config.init is not None and not self.checkpoint.exists():
+            _start_from(self.model.net, config.init)
         self.device = device
         self.named = dict(self.model.net.named_parameters())
         self.ema = {k: p.detach().clone() for k, p in self.named.items()}
@@ -117,7 +120,6 @@ class _Run:
         self.count = _Counters()
         self.curve: list[dict[str, float]] = []
         self.latest: dict[float, float] = {}
-        self.checkpoint = self.out / "checkpoint.safetensors"
         if self.checkpoint.exists():
             self._restore()
 
@@ -258,6 +260,7 @@ class _Run:
     def _card(self) -> ModelCard:
         cfg, card = self.config, self.config.card
         low, high = ((v - cfg.data.file_offset) / cfg.data.file_scale for v in cfg.data.clip)
+        known = cfg.data.percentile is None
         return ModelCard(
             name=card.name,
             statement=card.statement,
@@ -266,7 +269,8 @@ class _Run:
             offset=card.offset,
             scale=card.scale,
             unit=card.unit,
-            value_range=(card.offset + card.scale * low, card.offset + card.scale * high),
+            channels=cfg.network.in_channels,
+            value_range=(card.offset + card.scale * low, card.offset + card.scale * high) if known else None,
             path="edm",
             sigma_range=cfg.sigma_range,
             sigma_data=cfg.sigma_data,
@@ -280,6 +284,8 @@ class _Run:
                 "images": self.count.images,
                 "minutes": round(self.count.elapsed_s / 60, 1),
                 "log_sigma": [cfg.log_sigma_mean, cfg.log_sigma_std],
+                **({} if known else {"one network unit": f"percentile {cfg.data.percentile:g} of a volume"}),
+                **({} if cfg.init is None else {"init": Path(cfg.init).name}),
             },
             validation={
                 "volume": self.data.validation.name,
@@ -331,6 +337,17 @@ class _Run:
                 for name, value in moments.items():
                     value.copy_(tensors[f"adam.{name}.{k}"])
                 self.adam.state[p] = {"step": torch.tensor(float(self.count.step)), **moments}
+
+
+def _start_from(net: torch.nn.Module, folder: str) -> None:
+    """Copy the tensors of a prior folder that the network has with the same name and shape."""
+    _, state = read_folder(folder)
+    with torch.no_grad():
+        same = [(p, state[k]) for k, p in net.named_parameters() if k in state and state[k].shape == p.shape]
+        for p, value in same:
+            p.copy_(value)
+    if not same:
+        raise ValueError(f"train: init {folder} has no tensor with a name and shape of this network; leave init out")
 
 
 # a restart may change these: they say how long, how often and where, not what is learned
