@@ -1,4 +1,4 @@
-"""Analytic phantoms: sums of ellipses in millimetres, rasterised by area and integrated exactly along rays.
+"""Analytic phantoms: sums of ellipses in millimetres, rasterised by area, integrated exactly along rays and in k-space.
 
 Coordinates are the image's: X to the right, Y down the rows, both zero at the rotation axis. The Shepp-Logan head is
 the version with raised contrast (Toft, The Radon Transform, 1996, appendix B), drawn upright.
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from recon3d.geometry import FanBeam, ScanGeometry
+from recon3d.geometry import FanBeam, ScanGeometry, Trajectory
 
-__all__ = ["Ellipse", "line_integrals", "rasterise", "shepp_logan"]
+__all__ = ["Ellipse", "kspace", "line_integrals", "rasterise", "shepp_logan"]
 
 # value, half axes, centre, turn in degrees; in units of the head's circle, Y up
 _SHEPP_LOGAN = (
@@ -75,27 +76,34 @@ def shepp_logan(radius_mm: float, scale: float = 1.0) -> list[Ellipse]:
 
 
 def rasterise(
-    ellipses: Sequence[Ellipse], shape: tuple[int, int], pixel_mm: tuple[float, float], samples: int = 10
+    ellipses: Sequence[Ellipse],
+    shape: tuple[int, int],
+    pixel_mm: tuple[float, float],
+    samples: int = 10,
+    middle: tuple[float, float] | None = None,
 ) -> NDArray[np.float64]:
     """Area-averaged pixels: the mean of samples x samples points in each.
 
     Args:
         ellipses: what to draw.
         shape: (ny, nx).
-        pixel_mm: (dy, dx); the image is centred on the axis.
+        pixel_mm: (dy, dx).
         samples: points per pixel and axis; 10 leaves 0.3 % of a pixel's value at an edge.
+        middle: pixel (row, column) that lies at (0, 0) mm; None = the image is centred on the axis, as in CT.
+            (ny // 2, nx // 2) is the grid of MRI.
 
     Returns:
         [y, x] float64.
     """
     (ny, nx), (dy, dx) = shape, pixel_mm
+    row, column = ((ny - 1) / 2, (nx - 1) / 2) if middle is None else middle
     inner = (np.arange(samples) + 0.5) / samples - 0.5
-    xs = ((np.arange(nx)[:, None] + inner).ravel() - (nx - 1) / 2) * dx
+    xs = ((np.arange(nx)[:, None] + inner).ravel() - column) * dx
     image = np.empty(shape, dtype=np.float64)
     band = max(1, 2**20 // (nx * samples * samples))  # rows at a time, to bound memory
     for top in range(0, ny, band):
         rows = np.arange(top, min(ny, top + band))
-        ys = ((rows[:, None] + inner).ravel() - (ny - 1) / 2) * dy
+        ys = ((rows[:, None] + inner).ravel() - row) * dy
         fine = np.zeros((len(ys), len(xs)))
         for e in ellipses:
             u, v = e._unit(xs[None] - e.x_mm, ys[:, None] - e.y_mm)
@@ -131,3 +139,27 @@ def line_integrals(ellipses: Sequence[Ellipse], geometry: ScanGeometry) -> NDArr
         dd, ud, uu = du * du + dv * dv, u * du + v * dv, u * u + v * v
         total += e.value * 2 * np.sqrt(np.maximum(ud * ud - dd * (uu - 1), 0)) / dd
     return total
+
+
+def kspace(
+    ellipses: Sequence[Ellipse], trajectory: Trajectory, pixel_mm: tuple[float, float]
+) -> NDArray[np.complex128]:
+    """Exact k-space in the scale of the NUFFT: the Fourier integral over pixel area, divided by sqrt(ny nx).
+
+    Args:
+        ellipses: the object, in mm; (0, 0) mm is the pixel (ny // 2, nx // 2).
+        trajectory: where to sample, two-dimensional.
+        pixel_mm: (dy, dx) of the trajectory's grid.
+
+    Returns:
+        [M] complex128, in the value's unit.
+    """
+    dy, dx = pixel_mm
+    ky, kx = trajectory.points.numpy().T / np.asarray([[dy], [dx]])
+    total = np.zeros(trajectory.n_samples, dtype=np.complex128)
+    for e in ellipses:
+        c, s = math.cos(e.turn_rad), math.sin(e.turn_rad)
+        u = np.hypot((c * kx + s * ky) * e.a_mm, (c * ky - s * kx) * e.b_mm)
+        jinc = torch.special.bessel_j1(torch.from_numpy(np.maximum(u, 1e-9))).numpy() * 2 / np.maximum(u, 1e-9)
+        total += e.value * math.pi * e.a_mm * e.b_mm * jinc * np.exp(-1j * (kx * e.x_mm + ky * e.y_mm))
+    return total / (dy * dx * math.sqrt(math.prod(trajectory.shape)))
