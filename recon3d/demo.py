@@ -23,7 +23,7 @@ from recon3d import baselines
 from recon3d.api import reconstruct
 from recon3d.engine.events import Listener
 from recon3d.geometry import FanBeam, GeometryWarning, ParallelBeam, ScanGeometry, VolumeGrid, equiangular
-from recon3d.io import demo_volume_path, read_measurement, read_nifti, write_nifti
+from recon3d.io import demo_volume_path, read_nifti, read_projections, write_nifti
 from recon3d.io.atomic import atomic_write
 from recon3d.metrics import compare
 from recon3d.operators import CTOperator, NoiseModel, PoissonNoise, estimate_noise, simulate_ct
@@ -87,7 +87,7 @@ def run(output: Path, files: list[Path], say: Say, listener: Listener, quick: bo
 
     Args:
         output: folder of all jobs.
-        files: files of measured projections, any format `read_measurement` reads.
+        files: files of measured projections, any format `read_projections` reads.
         say: called with a line or a table for the user.
         listener: called with the events of the reconstructions.
         quick: a slab of the chest only.
@@ -142,7 +142,7 @@ def chest(views: int = 40, photons: float = 5e4, seed: int = 0, slices: int | No
 
 def measured(path: Path) -> DemoJob:
     """A file of measured projections, cut to a sixth (parallel beam) or a twelfth (fan beam) of its views."""
-    full = read_measurement(path, **_KNOWN.get(path.name, {}))
+    full = read_projections(path, **_KNOWN.get(path.name, {}))
     fan = isinstance(full.geometry, FanBeam)
     step = 12 if fan else 6
     n = full.geometry.n_views

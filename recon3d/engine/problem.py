@@ -161,13 +161,13 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
         ConfigError: a setting does not fit it, or none is named.
     """
     from recon3d.engine.checkpoint import sha256_file
-    from recon3d.io import read_measurement
+    from recon3d.io import read_projections
 
     if not config.input.path:
         raise ConfigError("no measurement is given; name a file with -i or input.path")
     device = choose_device(config.compute.device)
     path = Path(config.input.path)
-    measured = read_measurement(path, **config.input.options())
+    measured = read_projections(path, **config.input.options())
     for sentence in measured.notes:
         events.emit("warning", message=sentence)
     chosen = config.input.views

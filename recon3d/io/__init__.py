@@ -4,15 +4,18 @@ from pathlib import Path
 
 from recon3d.io.atomic import atomic_write
 from recon3d.io.guard import BadInput, Limits
+from recon3d.io.kspace import KSpace, KSpaceOptions
 from recon3d.io.layout import write_measurement
 from recon3d.io.measurement import Measurement, ReadOptions
 from recon3d.io.nifti import NiftiHeader, read_nifti, read_nifti_header, write_nifti
-from recon3d.io.read import describe, read_measurement
+from recon3d.io.read import describe, read_kspace, read_measurement, read_projections
 from recon3d.io.units import MU_WATER_PER_MM, hu_to_mu, mu_to_hu
 
 __all__ = [
     "MU_WATER_PER_MM",
     "BadInput",
+    "KSpace",
+    "KSpaceOptions",
     "Limits",
     "Measurement",
     "NiftiHeader",
@@ -22,9 +25,11 @@ __all__ = [
     "describe",
     "hu_to_mu",
     "mu_to_hu",
+    "read_kspace",
     "read_measurement",
     "read_nifti",
     "read_nifti_header",
+    "read_projections",
     "write_measurement",
     "write_nifti",
 ]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon3d.io.atomic import publish
-from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, check_file
+from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_file
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -73,26 +73,70 @@ class HDF5Reader:
         Raises:
             BadInput: it is missing, linked, stored elsewhere, too large, or damaged.
         """
-        size = _check_signature(path)
-        request = {
-            "do": "load",
-            "path": os.fspath(path),
-            "name": name,
-            "select": list(selection),
-            "budget": limits.budget(),
-            "ratio": limits.ratio,
-            "size": size,
-        }
-        head = self._ask(path, request)
+        request = {"do": "load", "name": name, "select": list(selection)}
+        head = self._ask(path, request | _claims(path, limits))
         dtype = np.dtype(head["dtype"])
-        shape = tuple(head["shape"])
+        array = self._receive(path, name, tuple(head["shape"]), dtype, head["nbytes"])
+        return array.astype(dtype.newbyteorder("="), copy=False)
+
+    def text(self, path: str | os.PathLike[str], name: str) -> str:
+        """The string that a dataset holds.
+
+        Raises:
+            BadInput: it is missing, linked, not a string, or longer than a few million characters.
+        """
+        answer = self._ask(path, {"do": "text", "name": name} | _claims(path, DEFAULT_LIMITS))
+        return str(answer["text"])
+
+    def fields(
+        self, path: str | os.PathLike[str], name: str, field: str, limits: Limits = DEFAULT_LIMITS
+    ) -> NDArray[Any]:
+        """One field of every row of a compound dataset, such as all headers, without the rest of the rows.
+
+        Raises:
+            BadInput: it is missing, of variable length, too large, or damaged.
+        """
+        head = self._ask(path, {"do": "fields", "name": name, "field": field} | _claims(path, limits))
+        with as_bad_input(path, f"{name} has rows of a strange type", (TypeError, ValueError, KeyError)):
+            dtype = np.dtype(np.lib.format.descr_to_dtype(_tuples(head["descr"])))
+        return self._receive(path, name, tuple(head["shape"]), dtype, head["nbytes"])
+
+    def ragged(
+        self,
+        path: str | os.PathLike[str],
+        name: str,
+        field: str,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> NDArray[np.float32]:
+        """A field of variable length of chosen rows, end to end.
+
+        Args:
+            path: the file.
+            name: the compound dataset.
+            field: its field, a list of real numbers a row.
+            rows: which rows, increasing.
+            lengths: how many numbers each of them must have.
+            limits: how much memory it may claim.
+
+        Raises:
+            BadInput: a row is longer or shorter, the field is missing, too large, or damaged.
+        """
+        request = {"do": "ragged", "name": name, "field": field, "rows": list(rows), "lengths": list(lengths)}
+        head = self._ask(path, request | _claims(path, limits))
+        return self._receive(path, name, tuple(head["shape"]), np.dtype("<f4"), head["nbytes"])
+
+    def _receive(
+        self, path: str | os.PathLike[str], name: str, shape: tuple[int, ...], dtype: np.dtype[Any], nbytes: int
+    ) -> NDArray[Any]:
         array = np.empty(shape, dtype)
-        if array.nbytes != head["nbytes"]:
+        if array.nbytes != nbytes:
             raise BadInput(path, f"{name} could not be read", "try again")
         self._fill(path, array.reshape(-1).view(np.uint8).data if array.size else memoryview(b""))
         if shape:
             self._answer(path)
-        return array.astype(dtype.newbyteorder("="), copy=False)
+        return array
 
     def _ask(self, path: str | os.PathLike[str], request: dict[str, Any]) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
@@ -213,6 +257,18 @@ def write_hdf5(
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _claims(path: str | os.PathLike[str], limits: Limits) -> dict[str, Any]:
+    size = _check_signature(path)
+    return {"path": os.fspath(path), "budget": limits.budget(), "ratio": limits.ratio, "size": size}
+
+
+def _tuples(descr: Any) -> Any:
+    # JSON knows lists alone, where numpy wants a list of tuples
+    if isinstance(descr, str):
+        return descr
+    return [(str(name), _tuples(kind), *(tuple(shape) for shape in rest)) for name, kind, *rest in descr]
 
 
 def _check_signature(path: str | os.PathLike[str]) -> int:

@@ -7,16 +7,41 @@ from pathlib import Path
 from typing import Any
 
 from recon3d.io.dataexchange import read_data_exchange
+from recon3d.io.fastmri import check_shape, grid_of, read_fastmri, readout_size
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_file
-from recon3d.io.hdf5 import HDF5_SIGNATURE, HDF5Reader
+from recon3d.io.hdf5 import HDF5_SIGNATURE, HDF5Reader, Tree
+from recon3d.io.kspace import KSpace, KSpaceOptions, describe_grid, describe_sampling, sampled_points
 from recon3d.io.layout import load_npz, read_sinogram_hdf5, read_sinogram_npz
 from recon3d.io.measurement import Measurement, ReadOptions
+from recon3d.io.mrheader import parse_header
 from recon3d.io.nifti import read_nifti_header
 
-_READ = "Data Exchange HDF5, a sinogram in HDF5 or npz, and NIfTI volumes are read"
+_READ = "Data Exchange HDF5, a sinogram in HDF5 or npz, fastMRI, and NIfTI volumes are read"
 
 
-def read_measurement(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any) -> Measurement:
+def read_measurement(
+    path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any
+) -> Measurement | KSpace:
+    """A measurement of any kind: line integrals or k-space, as the content of the file says.
+
+    Args:
+        path: the file; its content tells the format.
+        limits: how much memory it may claim.
+        **options: fields of ReadOptions for projections, of KSpaceOptions for k-space: what the file does not say.
+
+    Returns:
+        a Measurement or a KSpace; its notes say what was assumed.
+
+    Raises:
+        BadInput: the file is of no known format, damaged, contradictory, not finite, or does not say what is needed.
+        TypeError: an option that does not exist.
+        ValueError: options that contradict each other.
+    """
+    with as_bad_input(path, "does not fit into memory", (MemoryError,), "free memory or read fewer rows"):
+        return _read(path, options, limits)
+
+
+def read_projections(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any) -> Measurement:
     """A measurement from Data Exchange HDF5, recon3d's layout in HDF5 or npz, or any HDF5 sinogram with angles.
 
     Args:
@@ -32,11 +57,38 @@ def read_measurement(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_L
         TypeError: an option that does not exist.
         ValueError: options that contradict each other.
 
-    >>> read_measurement("scan.h5", detector_spacing_mm=0.01, rotation_centre="estimate")  # doctest: +SKIP
+    >>> read_projections("scan.h5", detector_spacing_mm=0.01, rotation_centre="estimate")  # doctest: +SKIP
     """
-    chosen = ReadOptions.of(options)
-    with as_bad_input(path, "does not fit into memory", (MemoryError,), "free memory or read fewer rows"):
-        return _read(path, chosen, limits)
+    ReadOptions.of(options)
+    found = read_measurement(path, limits=limits, **options)
+    if not isinstance(found, Measurement):
+        raise BadInput(path, "holds k-space of an MR scanner, not projections", "use it in an MRI job")
+    return found
+
+
+def read_kspace(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any) -> KSpace:
+    """k-space from fastMRI HDF5.
+
+    Args:
+        path: the file; its content tells the format.
+        limits: how much memory it may claim.
+        **options: fields of KSpaceOptions: what the file does not say, or which part of it is wanted.
+
+    Returns:
+        k-space with its sampling and grid; its notes say what was assumed or left out.
+
+    Raises:
+        BadInput: the file is none of these, damaged, contradictory, not finite, or does not say what is needed.
+        TypeError: an option that does not exist.
+        ValueError: options that contradict each other.
+
+    >>> read_kspace("brain.h5", slices=(4, 8))  # doctest: +SKIP
+    """
+    KSpaceOptions.of(options)
+    found = read_measurement(path, limits=limits, **options)
+    if not isinstance(found, KSpace):
+        raise BadInput(path, "holds projections, not k-space of an MR scanner", "use it in a CT job")
+    return found
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -72,7 +124,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
     with HDF5Reader() as reader:
         tree = reader.tree(path)
-    if "exchange/data" in tree:
+        if _is_fastmri(tree):
+            out |= _describe_fastmri(path, reader, tree)
+    if "format" in out:
+        name = out["format"]
+    elif "exchange/data" in tree:
         name = "Data Exchange HDF5"
     elif "sinogram" in tree:
         name = "recon3d sinogram HDF5" if "geometry" in tree else "sinogram HDF5"
@@ -88,19 +144,52 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return out | {"format": name, "datasets": datasets, "groups": groups, "links_not_followed": links}
 
 
-def _read(path: str | os.PathLike[str], chosen: ReadOptions, limits: Limits) -> Measurement:
+def _is_fastmri(tree: Tree) -> bool:
+    return all(tree.get(name, {}).get("kind") == "dataset" for name in ("kspace", "ismrmrd_header"))
+
+
+def _describe_fastmri(path: str | os.PathLike[str], reader: HDF5Reader, tree: Tree) -> dict[str, Any]:
+    """From the header and one coil of the middle slice."""
+    header = parse_header(path, reader.text(path, "ismrmrd_header"))
+    shape = check_shape(path, tree)
+    notes: list[str] = []
+    grid = grid_of(path, header, shape, KSpaceOptions(), notes)
+    middle = shape[0] // 2
+    part = [(middle, middle + 1, None), *([(0, 1, None)] if len(tree["kspace"]["shape"]) == 4 else [])]
+    one = reader.load(path, "kspace", part).reshape(1, 1, *shape[2:])
+    mask = sampled_points(one)[0]
+    if "mask" in tree:
+        with as_bad_input(path, "has a mask of another size", (ValueError,)):
+            mask = mask & (reader.load(path, "mask") != 0)
+    return {
+        "format": "fastMRI HDF5",
+        "matrix_yx": list(shape[2:]),
+        "readout_kept": readout_size(header, shape[2]),
+        "slices": shape[0],
+        "coils": shape[1],
+        **describe_grid(grid),
+        "sampling": describe_sampling(mask),
+        "scanner": header.description or "not recorded",
+        "noise scans": "none",
+        "notes": notes,
+    }
+
+
+def _read(path: str | os.PathLike[str], options: dict[str, Any], limits: Limits) -> Measurement | KSpace:
     kind = _kind(path)
     if kind == "npz":
-        return read_sinogram_npz(path, chosen, limits)
+        return read_sinogram_npz(path, ReadOptions.of(options), limits)
     if kind == "nifti":
-        raise BadInput(path, "is an image volume, not a measurement", "simulate projections of it first")
+        raise BadInput(path, "is an image volume, not a measurement", "simulate a measurement of it first")
     with HDF5Reader() as reader:
         tree = reader.tree(path)
         if tree.get("exchange", {}).get("kind") == "group" and "exchange/data" in tree:
-            return read_data_exchange(path, chosen, reader, tree, limits)
+            return read_data_exchange(path, ReadOptions.of(options), reader, tree, limits)
         if "sinogram" in tree:
-            return read_sinogram_hdf5(path, chosen, reader, tree, limits)
-    raise BadInput(path, "is HDF5 but holds neither exchange/data nor sinogram", _READ)
+            return read_sinogram_hdf5(path, ReadOptions.of(options), reader, tree, limits)
+        if _is_fastmri(tree):
+            return read_fastmri(path, KSpaceOptions.of(options), reader, tree, limits)
+    raise BadInput(path, "is HDF5 but holds neither exchange/data nor sinogram nor k-space", _READ)
 
 
 def _short(attributes: dict[str, Any]) -> dict[str, Any]:
