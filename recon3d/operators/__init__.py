@@ -1,11 +1,14 @@
-"""Scanner models: linear operators with exact adjoints, their noise, and simulated measurements."""
+"""Scanner models: linear operators with exact adjoints, their noise, coils, sampling, and simulated measurements."""
 
 from recon3d.operators.base import LinearOperator, Space
+from recon3d.operators.coils import apply_coils, compress_coils, noise_covariance, outer_noise, prewhiten
 from recon3d.operators.ct import CTOperator
+from recon3d.operators.espirit import calibration_region, espirit
 from recon3d.operators.fourier import centred_fft, centred_ifft, decouple_readout, decouple_stack
 from recon3d.operators.mri import CartesianMRI, MRIOperator
 from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise, estimate_noise
 from recon3d.operators.simulate import simulate_ct
+from recon3d.operators.simulate_mri import simulate_mri
 
 __all__ = [
     "CTOperator",
@@ -16,10 +19,18 @@ __all__ = [
     "NoiseModel",
     "PoissonNoise",
     "Space",
+    "apply_coils",
+    "calibration_region",
     "centred_fft",
     "centred_ifft",
+    "compress_coils",
     "decouple_readout",
     "decouple_stack",
+    "espirit",
     "estimate_noise",
+    "noise_covariance",
+    "outer_noise",
+    "prewhiten",
     "simulate_ct",
+    "simulate_mri",
 ]

@@ -28,7 +28,7 @@ class GaussianNoise:
     """Independent Gaussian noise of one standard deviation.
 
     Attributes:
-        sigma: standard deviation in the measurement's unit.
+        sigma: standard deviation in the measurement's unit; of complex values, that of each of the two parts.
 
     Raises:
         ValueError: sigma is not positive and finite.
@@ -42,12 +42,13 @@ class GaussianNoise:
 
     def weights(self, y: Tensor) -> Tensor:
         """1/sigma^2, one value for all."""
-        return torch.full((1,) * y.ndim, self.sigma**-2, dtype=y.dtype, device=y.device)
+        return torch.full((1,) * y.ndim, self.sigma**-2, dtype=y.dtype.to_real(), device=y.device)
 
     def simulate(self, clean: Tensor, seed: int) -> Tensor:
         """clean + sigma z."""
-        z = _generator(seed).standard_normal(tuple(clean.shape))
-        return clean + self.sigma * torch.from_numpy(z).to(clean)
+        shape = (*clean.shape, 2) if clean.is_complex() else tuple(clean.shape)
+        z = torch.from_numpy(_generator(seed).standard_normal(shape))
+        return clean + self.sigma * (torch.view_as_complex(z) if clean.is_complex() else z).to(clean)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from recon3d.geometry import FanBeam, ScanGeometry, Trajectory
 
-__all__ = ["Ellipse", "kspace", "line_integrals", "rasterise", "shepp_logan"]
+__all__ = ["Ellipse", "coil_maps", "kspace", "line_integrals", "rasterise", "shepp_logan", "smooth_phase"]
 
 # value, half axes, centre, turn in degrees; in units of the head's circle, Y up
 _SHEPP_LOGAN = (
@@ -163,3 +164,57 @@ def kspace(
         jinc = torch.special.bessel_j1(torch.from_numpy(np.maximum(u, 1e-9))).numpy() * 2 / np.maximum(u, 1e-9)
         total += e.value * math.pi * e.a_mm * e.b_mm * jinc * np.exp(-1j * (kx * e.x_mm + ky * e.y_mm))
     return total / (dy * dx * math.sqrt(math.prod(trajectory.shape)))
+
+
+def coil_maps(coils: int, shape: tuple[int, int, int], radius: float = 1.4, rings: int = 1) -> Tensor:
+    """Smooth receive fields of wires around the volume, as in a birdcage.
+
+    Coil c is a line current at angle 2 pi c / n: its transverse field is 1 / (w - w_c) in the complex plane
+    w = x + i y, turned by the coil's own angle; off its own z it falls with the distance.
+
+    Args:
+        coils: number of coils.
+        shape: (slices, y, x).
+        radius: distance of the coils in half image sides.
+        rings: rings of coils along z.
+
+    Returns:
+        [slice, coil, y, x] complex64 with sum over coils of |S|^2 = 1.
+
+    Raises:
+        ValueError: fewer than one coil per ring, or coils inside the image circle.
+    """
+    if not 1 <= rings <= coils or radius <= 1:
+        raise ValueError(f"coil_maps: 1 <= rings <= coils and radius > 1 expected, got {rings}, {coils}, {radius}")
+    nz, ny, nx = shape
+    z = (np.arange(nz) - (nz - 1) / 2) / max(nz / 2, 1)
+    w = ((np.arange(nx) - nx // 2) / (nx / 2))[None] + 1j * ((np.arange(ny) - ny // 2) / (ny / 2))[:, None]
+    fields = []
+    for c in range(coils):
+        ring = c % rings
+        angle = 2 * math.pi * (c // rings + 0.5 * ring / rings) * rings / coils
+        height = 0.0 if rings == 1 else -1 + 2 * ring / (rings - 1)
+        d = radius * np.exp(1j * angle) - w
+        far = np.abs(d) ** 2 + 0.5 * (z[:, None, None] - height) ** 2
+        fields.append(np.conj(d) * np.exp(1j * angle) / far)
+    maps = np.stack(fields, 1)
+    return torch.from_numpy(maps / np.sqrt((np.abs(maps) ** 2).sum(1, keepdims=True))).to(torch.complex64)
+
+
+def smooth_phase(shape: tuple[int, int, int], seed: int = 0, turns: float = 0.5) -> Tensor:
+    """exp(i phase) with a phase of low order in z, y and x, such as field inhomogeneity leaves in an image.
+
+    Args:
+        shape: (z, y, x).
+        seed: of the coefficients.
+        turns: size of the phase in turns.
+
+    Returns:
+        [z, y, x] complex64 of modulus one.
+    """
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) if n > 1 else np.zeros(1) for n in shape], indexing="ij")
+    c = np.random.Generator(np.random.Philox(seed)).uniform(-1, 1, 10)
+    z, y, x = axes
+    terms = (1, z, y, x, y * x, y * y, x * x, z * y, z * x, z * z)
+    phase = 2 * math.pi * turns / 3 * sum(a * t for a, t in zip(c, terms, strict=True))
+    return torch.from_numpy(np.exp(1j * phase)).to(torch.complex64)
