@@ -6,7 +6,6 @@ result.volume   # [z, y, x], 1/mm
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -28,10 +27,13 @@ from recon3d.engine.executor import Executor, ResourceError
 from recon3d.engine.folder import RunFolder, fingerprint, hardware, versions
 from recon3d.engine.job import Schedule, Solved, Timings, solve
 from recon3d.engine.memory import peak_resident_bytes
-from recon3d.engine.problem import Problem, choose_device, load_problem
+from recon3d.engine.problem import Problem, load_problem
+from recon3d.engine.scan import Scan, choose_device, digest
+from recon3d.engine.scan_ct import CTScan
 from recon3d.geometry import GeometryWarning, ScanGeometry, VolumeGrid
 from recon3d.operators.noise import NoiseModel
 from recon3d.priors.base import Prior
+from recon3d.real_view import real_view
 from recon3d.recipes import Recipe, load_recipe
 
 __all__ = ["Problem", "Result", "plan_job", "reconstruct", "run_job"]
@@ -42,7 +44,7 @@ class Result:
     """A reconstruction.
 
     Attributes:
-        volume: [z, y, x] attenuation in 1/mm, on the CPU.
+        volume: [z, y, x] on the CPU: attenuation in 1/mm for CT.
         grid: its grid.
         timings: where the time went, over all attempts.
         peak_memory_bytes: most resident memory of this process.
@@ -119,16 +121,12 @@ def reconstruct(
         raise TypeError(f"reconstruct: sinogram needs float32 or float64 line integrals, got {y.dtype}")
     place = choose_device(device)
     y = y.detach().to(torch.float32).contiguous()
+    scan = CTScan(y=y, geometry=geometry, grid=grid, noise=noise, projector=projector, device=place)
     problem = Problem(
-        y=y,
-        geometry=geometry,
-        grid=grid,
+        scan=scan,
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
         prior=_prior(prior, place),
-        noise=noise,
         seed=seed,
-        projector=projector,
-        device=place,
         accept_mismatch=accept_mismatch,
     )
     meaning = {
@@ -250,16 +248,16 @@ def _execute(
         stamp: dict[str, str] = {}
         store = None
         if run is not None:
-            stamp = fingerprint(meaning, problem.digests(), problem.prior_digest(), problem.device.type)
+            stamp = fingerprint(meaning, problem.scan.digests(), problem.prior_digest(), problem.scan.device.type)
             store = run.checkpoint(stamp)
             store.verify()  # another job's checkpoint is refused before its config is touched
             run.write_config(config_text)
         with _threads(compute.workers), Executor(compute.batch_size, compute.workers, events, stop) as executor:
             solved = solve(job, executor, store=store, schedule=schedule, events=events, stop=stop)
         events.emit("stage", name="writing")
-        volume, metrics = solved.volume.cpu(), {"data": _fit(problem, solved.volume)}
+        volume, metrics = solved.volume.cpu(), {"data": _fit(problem.scan, solved.volume)}
         peak, place = peak_resident_bytes(), None if run is None else run.path
-        result = Result(volume, problem.grid, solved.timings, peak, solved.attempts, metrics, place)
+        result = Result(volume, problem.scan.grid, solved.timings, peak, solved.attempts, metrics, place)
         if run is not None:
             _write_outputs(run, problem, result, output)
             run.write_manifest(_manifest(problem, result, solved, stamp, plan))
@@ -267,42 +265,38 @@ def _execute(
         return result
 
 
-def _fit(problem: Problem, volume: Tensor, slab: int = 8) -> dict[str, Any]:
+def _fit(scan: Scan, volume: Tensor, depth: int = 8) -> dict[str, Any]:
     """How well the volume explains the measurement, a few slices at a time."""
     from recon3d.metrics import data_fit
 
-    operator, squared, power, chi2, used = problem.operator(), 0.0, 0.0, 0.0, 0
-    for first in range(0, volume.shape[0], slab):
-        y = problem.y[first : first + slab]
-        difference = (operator(volume[first : first + slab]).cpu() - y).double().square_()
+    squared, power, chi2, used = 0.0, 0.0, 0.0, 0
+    for slices, part in scan.slabs(depth):
+        y, measured, weights = part.y, part.measured(), part.weights()
+        difference = real_view(part.operator()(volume[slices]).cpu() - y).double().square_()
         squared += float(difference.sum())
-        power += float(y.double().square().sum())
-        weights = problem.weights(first, first + slab)
+        power += float(real_view(y).double().square().sum())
         if weights is not None:
-            weights = weights.expand_as(y).double()
-            chi2 += float((difference * weights).sum())
-            used += int((weights > 0).sum())
-    definitions = data_fit(np.zeros(1), np.ones(1))["definitions"]
+            seen = weights if measured is None else weights * measured
+            per_value = difference.reshape(*y.shape, -1).sum(-1)  # both parts of a complex value
+            chi2 += float((per_value * seen.double()).sum())
+            used += int((seen > 0).expand_as(y).sum()) * (2 if y.is_complex() else 1)
+    fit = data_fit(np.zeros(1), np.ones(1))["definitions"]
     return {
         "relative_residual": (squared / power) ** 0.5 if power > 0 else None,
         "chi2_per_ray": chi2 / used if used else None,
-        "definitions": definitions,
+        "definitions": fit,
     }
 
 
 def _write_outputs(run: RunFolder, problem: Problem, result: Result, output: OutputConfig) -> None:
     from recon3d.engine.checkpoint import write_json
-    from recon3d.io import write_nifti
 
-    unit, mu_water = output.unit, output.mu_water_per_mm
-    write_nifti(run.path / "volume.nii.gz", result.volume, result.grid, unit=unit, mu_water_per_mm=mu_water)
+    problem.scan.write(run.path, result.volume, output)
     if output.preview:
         from recon3d.report import preview
 
-        direct = problem.operator().pinv(problem.y.to(problem.device)).cpu()
-        name = f"recon3d {problem.recipe.name}"
-        volumes = {"filtered back projection": direct, name: result.volume}
-        preview(run.path / "preview.png", volumes, result.grid, unit=unit, mu_water_per_mm=mu_water)
+        shown = problem.scan.pictures(result.volume, f"recon3d {problem.recipe.name}", output)
+        preview(run.path / "preview.png", shown.volumes, result.grid, **shown.arguments)
     write_json(run.path / "metrics.json", result.metrics)
 
 
@@ -314,17 +308,22 @@ def _manifest(
         "format": 1,
         "versions": versions(),
         "recipe": problem.recipe.model_dump(mode="json"),
-        "prior": {"name": getattr(card, "name", type(problem.prior).__name__), "sha256": getattr(card, "sha256", None)},
+        "modality": problem.scan.modality,
+        "prior": {
+            "name": getattr(card, "name", type(problem.prior).__name__),
+            "sha256": getattr(card, "sha256", None),
+            "scale": problem.denoiser.scale,
+        },
         "seed": problem.seed,
-        "inputs": {**problem.digests(), "files": dict(problem.files)},
+        "inputs": {**problem.scan.digests(), "files": {**problem.scan.files, **problem.files}},
         "fingerprint": dict(stamp),
-        "grid": asdict(problem.grid),
-        "hardware": hardware(problem.device.type),
+        "grid": asdict(problem.scan.grid),
+        "hardware": hardware(problem.scan.device.type),
         "timings": result.timings.as_dict(),
         "peak_memory_bytes": result.peak_memory_bytes,
         "predicted": plan.as_dict(),
         "attempts": solved.attempts,
-        "volume_sha256": hashlib.sha256(result.volume.numpy().data).hexdigest(),
+        "volume_sha256": digest(result.volume),
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

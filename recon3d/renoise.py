@@ -30,11 +30,12 @@ from torch import Tensor
 
 from recon3d import ops
 from recon3d.ops.philox import NoiseKey
+from recon3d.real_view import draw_like, real_view
 from recon3d.trajectory import Level
 
 __all__ = ["DDIM", "Ancestral", "Full", "Renoise", "Rule", "langevin"]
 
-Norms = Literal["slice", "expected", "volume"]
+Norms = Literal["slice", "part", "expected", "volume"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Renoise:
             makes u' a state of the posterior where the data term gives the mean of x0 given u and y. Correctors
             always follow the corrected one.
         snr: signal-to-noise ratio of corrector visits.
-        norms: of the corrector's step length: "slice", "expected" (no norms), or, as published, "volume".
+        norms: of the corrector's step length: "slice", "expected" (no norms), or as published: "volume", or "part"
+            (real and imaginary parts of a complex slice apart).
     """
 
     rule: Rule
@@ -118,7 +120,7 @@ class Renoise:
         """The next state; overwrites u.
 
         Args:
-            u: state, [z, y, x], user units; its memory is reused.
+            u: state, [z, y, x], user units, real or complex; its memory is reused.
             x0: the prior's estimate.
             x0c: the estimate the data agree with (x0 itself at a visit without data).
             level: the visit.
@@ -135,10 +137,10 @@ class Renoise:
             from_corrected = True
         else:
             a, b = self.rule.weights(level.sigma, level.sigma_next)
-        return ops.renoise(
-            u,
-            x0,
-            x0c,
+        ops.renoise(
+            real_view(u),
+            real_view(x0),
+            real_view(x0c),
             level.sigma,
             level.sigma_next,
             a,
@@ -147,6 +149,7 @@ class Renoise:
             eps_from="x0c" if from_corrected else "x0",
             inplace=True,
         )
+        return u
 
 
 def langevin(u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, norms: Norms = "slice") -> Tensor:
@@ -154,14 +157,24 @@ def langevin(u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, n
 
     A slice whose score is exactly zero stays where it is.
     """
-    z = noise.draw(u.shape[1:], u.dtype, u.device)
-    score = torch.sub(x0, u).div_(sigma**2)
+    z, score = draw_like(u, noise), torch.sub(x0, u).div_(sigma**2)
+    if norms == "part" and u.is_complex():
+        pairs = [torch.view_as_real(t) for t in (u, score, z)]
+        for part in range(2):
+            state, s, fresh = (pair[..., part] for pair in pairs)
+            _langevin(state, s, fresh, snr, "slice")
+    else:
+        _langevin(real_view(u), real_view(score), real_view(z), snr, norms)
+    return u
+
+
+def _langevin(u: Tensor, score: Tensor, z: Tensor, snr: float, norms: Norms) -> None:
     zz, ss = ops.dot(z, z, per_slice=True).sqrt(), ops.dot(score, score, per_slice=True).sqrt()
     if norms == "volume":
         zz, ss = zz.mean(0, keepdim=True).expand_as(zz), ss.mean(0, keepdim=True).expand_as(ss)
     h = torch.where(ss > 0, 2 * (snr * zz / ss) ** 2, torch.zeros_like(ss))
     h = h.to(u.dtype).reshape(-1, *[1] * (u.ndim - 1))
-    return u.addcmul_(h, score).addcmul_((2 * h).sqrt(), z)
+    u.addcmul_(h, score).addcmul_((2 * h).sqrt(), z)
 
 
 def _spread(sigma: float, prior_std: float) -> float:

@@ -18,6 +18,7 @@ from recon3d.config import ComputeConfig
 from recon3d.engine import plan
 from recon3d.engine.memory import available_bytes, peak_above, resident_bytes
 from recon3d.engine.problem import Problem
+from recon3d.engine.scan_ct import CTScan
 from recon3d.operators.noise import PoissonNoise
 from recon3d.recipes import load_recipe
 
@@ -41,8 +42,9 @@ def test_predicted_memory_is_what_a_run_took(tmp_path, recipe):
 
 
 def problem(**changes):
-    settings = {"y": survivors.sinogram(), "geometry": survivors.SCAN, "grid": survivors.GRID,
-                "recipe": load_recipe("ct"), "prior": survivors.prior(), "noise": PoissonNoise(1e5)}  # fmt: skip
+    y, noise = survivors.sinogram(), PoissonNoise(1e5)
+    scan = CTScan(y=y, geometry=survivors.SCAN, grid=survivors.GRID, noise=noise)
+    settings = {"scan": scan, "recipe": load_recipe("ct"), "prior": survivors.prior()}
     return Problem(**{**settings, **changes})
 
 

@@ -18,6 +18,7 @@ from recon3d.engine.events import read_events
 from recon3d.engine.executor import Interrupted, NonFiniteError, ResourceError
 from recon3d.engine.job import Schedule
 from recon3d.engine.problem import Problem
+from recon3d.engine.scan_ct import CTScan
 from recon3d.geometry import ParallelBeam, VolumeGrid
 from recon3d.priors import load_prior
 from recon3d.recipes import load_recipe
@@ -172,6 +173,7 @@ def test_a_prior_set_to_another_range_is_another_prior():
         prior = load_prior("ct")
         prior.offset = prior.scale = scale
         y = torch.zeros(1, 1, 8)
-        return Problem(y=y, geometry=beam, grid=grid, recipe=load_recipe("ct"), prior=prior).prior_digest()
+        scan = CTScan(y=y, geometry=beam, grid=grid)
+        return Problem(scan=scan, recipe=load_recipe("ct"), prior=prior).prior_digest()
 
     assert digest(0.0193) == digest(0.0193) != digest(0.02)

@@ -9,7 +9,7 @@ from typing import Any
 from recon3d import baselines
 from recon3d.config import ConfigError, JobConfig
 from recon3d.engine.events import Events
-from recon3d.engine.problem import load_scan
+from recon3d.engine.scan import load_scan
 from recon3d.io import write_nifti
 
 # options each method takes

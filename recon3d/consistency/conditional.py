@@ -16,8 +16,10 @@ from torch import Tensor
 
 from recon3d.consistency.base import On
 from recon3d.consistency.solve import conjugate_gradients
+from recon3d.noise import independent
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
+from recon3d.real_view import draw_like
 from recon3d.trajectory import Level
 
 __all__ = ["Conditional"]
@@ -51,9 +53,10 @@ class Conditional:
         r = level.sigma_next
         key = self.noise.at(level.index)
         pull = (y - operator(x0)).mul_(self.weights)
-        pull.addcmul_(self.weights.sqrt(), key.at(level.index, _DATA).draw(y.shape[1:], y.dtype, y.device))
+        rays = key if y.shape[0] == key.n_slices else independent(y.shape[0], seed=key.seed)
+        pull.addcmul_(self.weights.sqrt(), draw_like(y, rays.at(level.index, _DATA)))
         residual = operator.adjoint(pull)
-        residual.add_(key.at(level.index, _IMAGE).draw(x0.shape[1:], x0.dtype, x0.device), alpha=1 / r)
+        residual.add_(draw_like(x0, key.at(level.index, _IMAGE)), alpha=1 / r)
         per_slice = self.scalars == "slice" or (self.scalars == "auto" and operator.coupling == "slice")
         return conjugate_gradients(
             lambda p: operator.normal(p, self.weights).add_(p, alpha=1 / r**2),

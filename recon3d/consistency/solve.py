@@ -24,6 +24,7 @@ from recon3d import ops
 from recon3d.consistency.base import On
 from recon3d.consistency.precondition import FilterPreconditioner
 from recon3d.operators.base import LinearOperator
+from recon3d.real_view import real_view
 from recon3d.regularisers.tvz import TVz
 from recon3d.trajectory import Level
 
@@ -72,7 +73,10 @@ class Rho:
 def conjugate_gradients(
     apply: Callable[[Tensor], Tensor], x: Tensor, r: Tensor, iterations: int, per_slice: bool, tolerance: float = 0.0
 ) -> Tensor:
-    """Conjugate gradients on a symmetric positive semidefinite system, in place.
+    """Conjugate gradients on a symmetric (Hermitian) positive semidefinite system, in place.
+
+    Complex vectors run as pairs of reals: for a Hermitian matrix <p, A p> and <r, r> are real. Published code for
+    complex images that leaves out the conjugation converges to something else.
 
     Args:
         apply: the matrix; its answer may be overwritten.
@@ -83,15 +87,16 @@ def conjugate_gradients(
         tolerance: a slice is solved when its residual has fallen to this part of its first one.
     """
     p = r.clone()
-    rr = ops.dot(r, r, per_slice)
+    x_real, r_real, p_real = real_view(x), real_view(r), real_view(p)
+    rr = ops.dot(r_real, r_real, per_slice)
     # below this the residual is rounding, and on a system with a null space further steps would amplify it
-    solved = rr * max(tolerance, _SOLVED * torch.finfo(r.dtype).eps) ** 2
+    solved = rr * max(tolerance, _SOLVED * torch.finfo(r_real.dtype).eps) ** 2
     for k in range(iterations):
         rr = torch.where(rr <= solved, 0.0, rr)
         # asking a GPU costs a wait, so it is asked now and then
         if (r.device.type == "cpu" or k % _ASK_EVERY == _ASK_EVERY - 1) and not rr.any():
             break
-        rr = ops.cg_step_(x, r, p, apply(p), rr)
+        rr = ops.cg_step_(x_real, r_real, p_real, real_view(apply(p)), rr)
     return x
 
 
@@ -152,10 +157,7 @@ class Solve:
                 q.add_(p, alpha=rho)
             return self.tvz.add_normal(q, p, rho_z) if self.tvz else q
 
-        misfit = y - operator(x0)
-        if self.weights is not None:
-            misfit *= self.weights
-        r = operator.adjoint(misfit)
+        r = operator.residual(x0, y, self.weights)
         if self.tvz:
             _, pull = self.tvz.duals(x0, state)
             self.tvz.add_normal(r, x0, -rho_z).add_(pull, alpha=rho_z)
@@ -177,6 +179,8 @@ class Solve:
         operator: LinearOperator,
     ) -> Tensor:
         per_slice = self._per_slice(operator)
+        if self.precondition and x0.is_complex():
+            raise ValueError("Solve: the preconditioner is made for tomography; set consistency.precondition to none")
         if not self.precondition:
             return conjugate_gradients(apply, x0.clone(), r, self.iterations, per_slice, self.tolerance)
         if self._filter is None:
@@ -200,4 +204,5 @@ class Solve:
 
 def _sirt(x: Tensor, y: Tensor, operator: LinearOperator) -> Tensor:
     weight = operator.normal(torch.ones_like(x))
-    return operator.adjoint(y - operator(x)).div_(weight.clamp_(min=1e-6 * float(weight.max())))
+    weight = weight.real if weight.is_complex() else weight
+    return operator.residual(x, y).div_(weight.clamp(min=1e-6 * float(weight.max())))

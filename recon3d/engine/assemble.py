@@ -30,6 +30,7 @@ def assemble(
     weights: Tensor | None = None,
     seed: int = 0,
     executor: Executor | None = None,
+    start_image: Tensor | None = None,
 ) -> Job:
     """Assemble the parts that a recipe names.
 
@@ -42,6 +43,7 @@ def assemble(
         weights: inverse variances of y, from the noise model; None when it is not known.
         seed: of all random numbers.
         executor: runs the prior; the calling thread by default.
+        start_image: the recipe's start image where it is known already; None computes it when the run begins.
 
     Raises:
         ValueError: the recipe needs a noise model, or y does not fit the operator.
@@ -61,7 +63,9 @@ def assemble(
         consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed),
         renoise=_renoise(recipe, prior.scale),
         noise=_noise(recipe, operator, spacing_mm, seed),
-        start=Start(recipe.start.image, recipe.start.iterations, used, start_noise),
+        start=Start(
+            recipe.start.image if start_image is None else start_image, recipe.start.iterations, used, start_noise
+        ),
         executor=executor or InProcess(),
     )
 
@@ -138,6 +142,8 @@ def _noise(recipe: Recipe, operator: LinearOperator, spacing_mm: float, seed: in
         key = keyed.iscs(depth, seed=seed)
         if recipe.noise.angle == "expected":
             return key
+        if operator.domain.dtype.is_complex:
+            shape[-1] *= 2
         return keyed.Slerp(seed, 0, key.anchors, key.coefficients, shape=tuple(shape))
     if recipe.noise.kind == "iscs_mm":
         return keyed.iscs_mm(depth, spacing_mm, recipe.noise.correlation_mm, seed=seed)

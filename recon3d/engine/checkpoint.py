@@ -27,6 +27,8 @@ from recon3d.io.atomic import atomic_write
 
 FORMAT = 1
 _POINTER = "LATEST.json"
+# key of the header's metadata that lists complex tensors
+_COMPLEX = "complex"
 _NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -130,6 +132,8 @@ class Checkpoint:
         with safe_open(file, framework="pt") as stored:
             # cloned one by one: a tensor that maps the file would end with it
             tensors = {name: stored.get_tensor(name).clone() for name in stored.keys()}  # noqa: SIM118
+            for name in json.loads((stored.metadata() or {}).get(_COMPLEX, "[]")):
+                tensors[name] = torch.view_as_complex(tensors[name])
         return Saved(tensors, meta)
 
     def _pointer(self) -> tuple[Path, str, dict[str, Any]] | None:
@@ -176,10 +180,17 @@ class Checkpoint:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[str, int]:
     """Write tensors in the safetensors layout, atomically and without a second copy in memory.
 
+    The layout has no complex numbers: such tensors are stored as pairs of reals, and the header names them.
+
     Returns:
         The sha256 of the file and its size in bytes.
     """
-    header: dict[str, dict[str, Any]] = {}
+    paired = sorted(name for name, tensor in tensors.items() if tensor.is_complex())
+    tensors = {
+        name: torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+        for name, tensor in tensors.items()
+    }
+    header: dict[str, dict[str, Any]] = {"__metadata__": {_COMPLEX: json.dumps(paired)}} if paired else {}
     offset = 0
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -8,7 +8,7 @@ unfinished views run again.
 
 from __future__ import annotations
 
-import math
+import cmath
 import os
 import threading
 import time
@@ -102,7 +102,7 @@ class Executor:
         Args:
             prior: called on [batch, channel, row, col].
             planes: gathers a view from u and scatters its estimate; scattered in the order of `views`.
-            u: state, [z, y, x], user units; not changed.
+            u: state, [z, y, x], user units, real or complex; not changed.
             views: what `planes.views` gave for this level.
             sigma: noise level, user units.
             level: index of the level, for messages.
@@ -277,7 +277,7 @@ class Executor:
 
 def finite(x: Tensor) -> bool:
     """Whether all of x is finite: a sum tells in one pass, unless it overflows and every value has to be asked."""
-    return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+    return cmath.isfinite(complex(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def check_finite(x: Tensor, stage: str, level: int) -> None:

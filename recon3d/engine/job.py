@@ -10,17 +10,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-import torch
 from torch import Tensor
 
 from recon3d.engine import loop
 from recon3d.engine.checkpoint import Checkpoint
 from recon3d.engine.events import Events
 from recon3d.engine.executor import Executor, Interrupted, NonFiniteError, check_finite
-from recon3d.operators.ct import CTOperator
-
-# slices filtered at once; the projectors work on so many side by side
-_SLAB = 16
 
 
 @dataclass
@@ -30,7 +25,7 @@ class Timings:
     Attributes:
         total: wall time in the loop, checkpoints included.
         network: wall time in the executor, that is in the prior with gathering and scattering.
-        projector: wall time in the operator.
+        projector: wall time in the scanner's operator.
         checkpoint: wall time saving states.
         cpu_total: processor time in the loop.
         cpu_network: processor time in the executor.
@@ -80,7 +75,7 @@ class Solved:
     """What `solve` gives.
 
     Attributes:
-        volume: [z, y, x] in 1/mm.
+        volume: [z, y, x] in the scan's unit.
         timings: over all attempts.
         attempts: processes that worked on the run, this one included.
         resumed_at: level this attempt began with.
@@ -91,36 +86,6 @@ class Solved:
     attempts: int = 1
     resumed_at: int = 0
     saved_bytes: int = 0
-
-
-class TimedCT(CTOperator):
-    """The CT operator with a clock on its line integrals and their transpose."""
-
-    seconds: float = 0.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As CTOperator."""
-        return self._timed(super().forward, x)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """As CTOperator."""
-        return self._timed(super().adjoint, y)
-
-    def pinv(self, y: Tensor) -> Tensor:
-        """As CTOperator, a slab at a time: filtering takes ten times the memory of what it filters."""
-        direct = super().pinv
-        if y.ndim != 3 or y.shape[0] <= _SLAB:
-            return self._timed(direct, y)
-        out = torch.empty((y.shape[0], *self.domain.shape[1:]), dtype=y.dtype, device=y.device)
-        for first in range(0, y.shape[0], _SLAB):
-            out[first : first + _SLAB] = self._timed(direct, y[first : first + _SLAB])
-        return out
-
-    def _timed(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        start = time.perf_counter()
-        out = function(x)
-        self.seconds += time.perf_counter() - start
-        return out
 
 
 @dataclass

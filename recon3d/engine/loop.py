@@ -19,10 +19,11 @@ from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
 from recon3d.planes import Planes, View
 from recon3d.priors.base import Prior
+from recon3d.real_view import draw_like
 from recon3d.renoise import Renoise
 from recon3d.trajectory import Level
 
-__all__ = ["Executor", "InProcess", "Job", "Start", "State", "begin", "reconstruct", "run"]
+__all__ = ["Executor", "InProcess", "Job", "Start", "State", "begin", "reconstruct", "run", "start_image"]
 
 # streams of the noise key: one level's different uses of noise stay independent
 _STEP, _START = 0, 1
@@ -56,13 +57,13 @@ class Start:
 
     Attributes:
         image: "offset" is the prior's zero everywhere (a cold start), "pinv" the operator's direct inverse (FBP), "cg"
-            conjugate gradients on A^T W A from the prior's zero.
+            conjugate gradients on A^T W A from the prior's zero; or the image itself.
         iterations: of "cg".
         weights: W of "cg"; None for 1.
         noise: key of the start's noise; None takes the job's, so that it is tied between slices as the steps' noise is.
     """
 
-    image: Literal["offset", "pinv", "cg"] = "offset"
+    image: Literal["offset", "pinv", "cg"] | Tensor = "offset"
     iterations: int = 20
     weights: Tensor | None = None
     noise: NoiseKey | None = None
@@ -104,7 +105,7 @@ class State:
     """What a run carries from level to level; saved and restored as it stands.
 
     Attributes:
-        u: [z, y, x] in user units; the reconstruction once `index` has passed the last level.
+        u: [z, y, x] in user units, real or complex; the reconstruction once `index` has passed the last level.
         duals: tensors of the consistency part.
         index: the next level.
         seed: of all random numbers.
@@ -116,16 +117,37 @@ class State:
     seed: int
 
 
+def start_image(start: Start, operator: LinearOperator, y: Tensor, offset: float = 0.0) -> Tensor:
+    """The image that a run starts from, before noise; a new tensor.
+
+    Args:
+        start: which image.
+        operator: the scanner.
+        y: its measurement.
+        offset: the prior's zero.
+    """
+    if isinstance(start.image, Tensor):
+        return start.image.clone()
+    if start.image == "pinv":
+        return operator.pinv(y)
+    image = torch.full(operator.domain.shape, offset, dtype=y.dtype, device=y.device)
+    if start.image == "offset":
+        return image
+    return conjugate_gradients(
+        lambda p: operator.normal(p, start.weights),
+        image,
+        operator.residual(image, y, start.weights),
+        start.iterations,
+        operator.coupling == "slice",
+    )
+
+
 def begin(job: Job) -> State:
     """The state before the first level."""
-    image = torch.full(job.operator.domain.shape, job.prior.offset, dtype=job.y.dtype, device=job.y.device)
-    if job.start.image == "pinv":
-        image = job.operator.pinv(job.y)
-    elif job.start.image == "cg":
-        image = _conjugate_gradient_image(job, image)
+    image = start_image(job.start, job.operator, job.y, job.prior.offset)
     job.check(image, "the start image", 0)
     if job.trajectory:
-        z = (job.start.noise or job.noise).at(0, _START).draw(image.shape[1:], image.dtype, image.device)
+        z = draw_like(image, (job.start.noise or job.noise).at(0, _START))
         image = image.add_(z, alpha=job.trajectory[0].sigma)
     return State(image, {}, 0, job.noise.seed)
 
@@ -165,16 +187,3 @@ def _consistent(job: Job, x: Tensor, level: Level, state: State) -> Tensor:
     x = job.consistency.step(x, job.y, job.operator, level, state.duals)
     job.check(x, "data consistency", level.index)
     return x
-
-
-def _conjugate_gradient_image(job: Job, image: Tensor) -> Tensor:
-    weights = job.start.weights
-    misfit = job.y - job.operator(image)
-    residual = job.operator.adjoint(misfit if weights is None else misfit.mul_(weights))
-    return conjugate_gradients(
-        lambda p: job.operator.normal(p, weights),
-        image,
-        residual,
-        job.start.iterations,
-        job.operator.coupling == "slice",
-    )

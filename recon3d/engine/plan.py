@@ -1,9 +1,9 @@
 """How much memory and time a job will take, told before anything the size of the volume is allocated.
 
-Memory is counted: the process as it stands (libraries, weights, the measurement), whole volumes and sinograms of the
-largest phase, and the activations of the slices in flight, measured by denoising so many slices once. It does not
-depend on the number of levels. Time is an estimate: seconds of such a pass times the number of prior and projector
-calls; other work on the machine changes it.
+Memory is counted: the process as it stands (libraries, weights, the measurement), whole volumes and what the scanner
+needs in the largest phase, and the activations of the slices in flight, measured by denoising so many slices once. It
+does not depend on the number of levels. Time is an estimate: seconds of such a pass times the number of prior and
+projector calls; other work on the machine changes it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ if TYPE_CHECKING:
 _PRIOR_VOLUMES, _DATA_VOLUMES, _FILTER_VOLUMES = 2, 6, 5
 # split and dual of total variation along z; the pull towards them and its difference in the data term
 _DUAL_VOLUMES, _PULL_VOLUMES = 2, 2
-# the misfit and A x
-_DATA_SINOGRAMS = 2
-# sinograms and volumes of complex numbers that filtering one slab takes: padded transforms there and back
-_FILTERED, _FILTER_SLAB, _SPECTRA, _SPECTRUM_SLAB = 10, 16, 5, 8
+# volumes of complex numbers that the filter preconditioner takes for one slab
+_SPECTRA, _SPECTRUM_SLAB = 5, 8
 # code and tables that load on first use, and gaps in the heap: 5 to 55 MiB measured over recipes and sizes
 _OVERHEAD = 32 << 20
-# picture: filtered back projection, both volumes in HU, and the plotting library
+# picture: the direct image, both volumes in their unit, and the plotting library
 _PICTURE_VOLUMES, _PICTURE_BYTES = 5, 70 << 20
 
 
@@ -116,10 +114,10 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
     Returns:
         The plan; `short_of_memory` says whether it fits.
     """
-    cuda = problem.device.type == "cuda"
+    cuda = problem.scan.device.type == "cuda"
     workers = compute.workers or usable_cores()
     batch = compute.batch_size or (8 if cuda else workers)
-    flight = min(batch if cuda else min(batch, workers), problem.grid.shape[0])
+    flight = min(batch if cuda else min(batch, workers), problem.scan.grid.shape[0])
     levels = len(_levels(problem))
     activations, seconds_by = _probe(problem, compute, flight, workers, probe, levels)
     trim()  # what reading and the probe left behind is not the job's
@@ -130,9 +128,9 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
     seconds = sum(seconds_by.values()) * 1.03 if seconds_by else None
     device_bytes = free = 0
     if cuda:
-        device_bytes = sum(parts.values()) + 4 * problem.y.numel()
-        free = int(torch.cuda.mem_get_info(problem.device)[0])
-        parts = {"volume on the host": _volume_bytes(problem)}
+        device_bytes = sum(parts.values()) + problem.scan.y_bytes
+        free = int(torch.cuda.mem_get_info(problem.scan.device)[0])
+        parts = {"volume on the host": problem.scan.volume_bytes}
     parts = {"process with data and prior": resident, **{name: size for name, size in parts.items() if size}}
     parts["code and heap gaps"] = _OVERHEAD
     return Plan(
@@ -141,7 +139,7 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
         parts=parts,
         seconds=seconds,
         levels=levels,
-        device=problem.device.type,
+        device=problem.scan.device.type,
         available=available_bytes(),
         device_available=free,
         budget=budget,
@@ -152,67 +150,65 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
 
 def _phases(problem: Problem, activations: int, picture: bool) -> dict[str, dict[str, int]]:
     """Bytes beyond the process itself in each phase, by what they are for."""
-    recipe = problem.recipe.resolved()
-    volume, sinogram, depth = _volume_bytes(problem), 4 * problem.y.numel(), problem.grid.shape[0]
+    recipe, scan = problem.recipe.resolved(), problem.scan
+    volume, depth, work = scan.volume_bytes, scan.grid.shape[0], scan.work_bytes()
     tv = recipe.regulariser.kind == "tvz"
     duals = _DUAL_VOLUMES if tv else 0
-    data = {
-        "volumes": (_DATA_VOLUMES + duals + (_PULL_VOLUMES if tv else 0)) * volume,
-        "sinograms": _DATA_SINOGRAMS * sinogram,
-    }
+    # a start image that the prior's scale was taken from stays
+    kept = int(scan.keeps_start)
+    data = {"volumes": (_DATA_VOLUMES + kept + duals + (_PULL_VOLUMES if tv else 0)) * volume, **work["data"]}
     filtered = recipe.consistency.precondition == "filter"
     if filtered:
         data["volumes"] += _FILTER_VOLUMES * volume
         data["spectra"] = _SPECTRA * volume * min(_SPECTRUM_SLAB, depth) // depth
-    prior_volumes = _PRIOR_VOLUMES + duals + (1 if filtered else 0)
+    prior_volumes = _PRIOR_VOLUMES + kept + duals + (1 if filtered else 0)
     phases = {
         "prior": {"volumes": prior_volumes * volume, "activations": activations},
         "data": data,
-        "start": {"volumes": 2 * volume, "filtering": _FILTERED * sinogram * min(_FILTER_SLAB, depth) // depth},
+        "start": {"volumes": (2 + kept) * volume, **work["start"]},
     }
     if picture:
         phases["picture"] = {"volumes": _PICTURE_VOLUMES * volume, "plotting": _PICTURE_BYTES}
     return phases
 
 
-def _volume_bytes(problem: Problem) -> int:
-    nz, ny, nx = problem.grid.shape
-    return 4 * nz * ny * nx
-
-
 def _probe(
     problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, levels: int
 ) -> tuple[int, dict[str, float]]:
     """Bytes of activations with `flight` slices at once and, when `timed`, estimated seconds by part."""
-    nz, ny, nx = problem.grid.shape
-    device, sigma = problem.device, problem.prior.scale
-    x = torch.full((flight, ny, nx), problem.prior.offset, dtype=torch.float32, device=device)
+    scan, prior = problem.scan, problem.denoiser
+    nz, ny, nx = scan.grid.shape
+    device, sigma = scan.device, prior.scale
+    x = torch.full((flight, ny, nx), prior.offset, dtype=scan.dtype, device=device)
     views = list(range(flight))
     with Executor(compute.batch_size, workers) as executor:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            executor.denoise(problem.prior, _Rows(), x, views, sigma)
+            executor.denoise(prior, _Rows(), x, views, sigma)
             activations = torch.cuda.max_memory_allocated(device) - before
         else:
             with peak_above() as peak:
-                executor.denoise(problem.prior, _Rows(), x, views, sigma)
+                executor.denoise(prior, _Rows(), x, views, sigma)
             activations = peak[0]
         network = executor.seconds / flight
         if timed:  # the first pass may have compiled or tuned
             executor.seconds = 0.0
-            executor.denoise(problem.prior, _Rows(), x, views, sigma)
+            executor.denoise(prior, _Rows(), x, views, sigma)
             network = executor.seconds / flight
-    operator = problem.operator()
-    operator.pinv(operator(x[:1]))  # the first call loads kernels and tables, which then count as the process's
-    operator.adjoint(operator(x))
+    part = scan.slab(0, flight)
+    operator, x = part.operator(), x.new_full((part.grid.shape), prior.offset)
+    y = operator(x)
+    operator.pinv(y)  # the first call loads kernels and tables, which then count as the process's
+    operator.residual(x, y)
+    operator.normal(x)
     if not timed:
         return activations, {}
     start = time.perf_counter()
-    operator.adjoint(operator(x))
+    operator.normal(x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    projector = (time.perf_counter() - start) / flight
+    projector = (time.perf_counter() - start) / x.shape[0]
     calls = levels * (problem.recipe.resolved().consistency.iterations + 1)
     return activations, {"network": network * nz * levels, "projector": projector * nz * calls}
 
@@ -230,7 +226,7 @@ class _Rows:
 def _levels(problem: Problem) -> list[Any]:
     from recon3d.engine.assemble import levels
 
-    return list(levels(problem.recipe.resolved().trajectory, problem.prior.scale))
+    return list(levels(problem.recipe.resolved().trajectory, problem.denoiser.scale))
 
 
 def _gib(size: int) -> str:

@@ -1,0 +1,192 @@
+"""What a modality brings to the engine. Everything else there knows volumes, operators and priors only.
+
+A modality is one subclass of Scan, in a file of its own (scan_ct.py, scan_mri.py): the measurement with its noise, the
+operator and what can go wrong with them, a direct image to look at and to start from, the unit of the result, how it
+is written, and what the data term takes in memory. A second function there makes the scan of a job's config from
+what recon3d.io read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from recon3d.config import ConfigError, JobConfig, OutputConfig
+from recon3d.geometry import VolumeGrid
+from recon3d.operators.base import LinearOperator
+from recon3d.operators.noise import NoiseModel
+from recon3d.priors.base import Prior
+from recon3d.recipes.model import Recipe
+
+if TYPE_CHECKING:
+    from recon3d.engine.events import Events
+
+__all__ = ["Modality", "Pictures", "Scan", "choose_device", "load_scan"]
+
+Modality = Literal["ct", "mri"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a preview shows: volumes by name, in the unit that `arguments` of recon3d.report.preview name."""
+
+    volumes: Mapping[str, Tensor]
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan(ABC):
+    """A measurement and the volume it is to become.
+
+    Attributes:
+        y: the measurement, in the operator's range.
+        grid: the volume.
+        noise: how y scatters; None when it is not known.
+        device: where the work is done.
+        files: path to sha256 of what was read.
+    """
+
+    modality: ClassVar[Modality]
+    keeps_start: ClassVar[bool] = False  # whether `fit` gives a start image
+
+    y: Tensor
+    grid: VolumeGrid
+    noise: NoiseModel | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @abstractmethod
+    def check(self) -> list[str]:
+        """Sentences about what a user should know before the result is believed.
+
+        Raises:
+            ValueError: shapes disagree, or the measurement holds NaN.
+        """
+
+    @abstractmethod
+    def operator(self) -> LinearOperator:
+        """The scanner."""
+
+    @abstractmethod
+    def slab(self, first: int, end: int) -> Self:
+        """Slices first .. end-1 alone; the scan itself where the scanner couples them."""
+
+    def weights(self) -> Tensor | None:
+        """Inverse variances of y, broadcast over it, on the host; None when the noise is not known."""
+        return None if self.noise is None else self.noise.weights(self.y)
+
+    def measured(self) -> Tensor | None:
+        """Where y holds a measurement, broadcast over it, 1 or 0; None for everywhere."""
+        return None
+
+    def digests(self) -> dict[str, str]:
+        """Digests of what goes in: measurement, scan and grid."""
+        setting = json.dumps([*self._setting(), asdict(self.grid)], sort_keys=True)
+        return {"measurement": digest(self.y), "scan": hashlib.sha256(setting.encode()).hexdigest()}
+
+    @abstractmethod
+    def _setting(self) -> list[Any]:
+        """All of the scan but y, grid and noise, as JSON values."""
+
+    def fit(self, prior: Prior, recipe: Recipe) -> tuple[Prior, Tensor | None]:
+        """The prior as it meets this scan, and the start image where that had to be known for it.
+
+        Args:
+            prior: as loaded.
+            recipe: resolved; tells the start image.
+        """
+        return prior, None
+
+    def prior_mismatch(self, prior: Prior) -> str | None:
+        """One sentence when the prior is for other images than this scan's, beyond its plane and spacing."""
+        return None
+
+    @abstractmethod
+    def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:
+        """What stands in preview.png: the operator's direct image, and the result under its name."""
+
+    @abstractmethod
+    def write(self, folder: Path, volume: Tensor, output: OutputConfig) -> None:
+        """Write the result as volume.nii.gz, and what else belongs to it."""
+
+    @abstractmethod
+    def work_bytes(self) -> dict[str, dict[str, int]]:
+        """Bytes beyond whole volumes in the phases "data" and "start", by what they are for."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the volume."""
+        return torch.complex64 if self.y.is_complex() else torch.float32
+
+    @property
+    def volume_bytes(self) -> int:
+        """Of one volume."""
+        nz, ny, nx = self.grid.shape
+        return nz * ny * nx * self.dtype.itemsize
+
+    @property
+    def y_bytes(self) -> int:
+        """Of one measurement."""
+        return self.y.numel() * self.y.element_size()
+
+    def slabs(self, depth: int) -> Iterator[tuple[slice, Self]]:
+        """Parts of at most `depth` slices, or one part where the scanner couples them."""
+        total = self.grid.shape[0]
+        for first in range(0, total, depth):
+            part = self.slab(first, min(total, first + depth))
+            if part.grid.shape[0] == total:
+                yield slice(0, total), part
+                return
+            yield slice(first, min(total, first + depth)), part
+
+
+def digest(tensor: Tensor) -> str:
+    """The sha256 of a host tensor's bytes, as hex."""
+    flat = tensor.detach().contiguous()
+    return hashlib.sha256(
+        (torch.view_as_real(flat.resolve_conj()) if flat.is_complex() else flat).numpy().data
+    ).hexdigest()
+
+
+def load_scan(config: JobConfig, events: Events) -> Scan:
+    """Read the measurement that a job names, with the volume and the noise it asks for.
+
+    Raises:
+        BadInput: the measurement cannot be used.
+        ConfigError: a setting does not fit it, or none is named.
+    """
+    from recon3d.engine import scan_ct
+    from recon3d.engine.checkpoint import sha256_file
+    from recon3d.io import read_projections
+
+    if not config.input.path:
+        raise ConfigError("no measurement is given; name a file with -i or input.path")
+    device = choose_device(config.compute.device)
+    path = Path(config.input.path)
+    measured = read_projections(path, **config.input.options())
+    for sentence in measured.notes:
+        events.emit("warning", message=sentence)
+    scan = scan_ct.load(config, measured, device, events)
+    return replace(scan, files={str(path): sha256_file(path)})
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a job runs on.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise ValueError("device: cuda was asked for, but torch finds no GPU here; use auto or cpu")
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda, got {name!r}")
+    return torch.device("cuda" if cuda and name != "cpu" else "cpu")
