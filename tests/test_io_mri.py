@@ -1,5 +1,6 @@
 """k-space readers: fastMRI; sampling that is found, oversampling that is cut, sentences for what is wrong."""
 
+import hashlib
 import json
 
 import h5py
@@ -8,7 +9,17 @@ import pytest
 import torch
 
 from recon3d.geometry import Trajectory, VolumeGrid
-from recon3d.io import BadInput, KSpace, KSpaceOptions, describe, read_kspace, read_measurement, read_projections
+from recon3d.io import (
+    BadInput,
+    KSpace,
+    KSpaceOptions,
+    demo_kspace_path,
+    describe,
+    read_kspace,
+    read_measurement,
+    read_projections,
+    write_kspace_hdf5,
+)
 from recon3d.io.kspace import affine_from_directions, crop_axis, describe_sampling, partial_fourier_notes
 
 HEADER = """<?xml version="1.0"?>
@@ -227,8 +238,9 @@ def test_sampling_in_words():
     assert got["kind"] == "Cartesian, points in ky and kx" and got["calibration"] == "8 x 8"
 
 
-def test_measured_fastmri_like(data):
-    path = data("raw_mr/brain_cartesian_vfa_13ch.h5")
+def test_packaged_kspace():
+    path = demo_kspace_path()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in (path.parent / "ATTRIBUTION.md").read_text()
     k = read_kspace(path)
     assert k.data.shape == (2, 13, 224, 224) and k.mask.min() == 1 and k.source_format == "fastmri"
     with h5py.File(path) as f:
@@ -236,3 +248,95 @@ def test_measured_fastmri_like(data):
     image = np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(k.data.numpy(), (2, 3)), norm="ortho"), (2, 3))
     got = np.sqrt((np.abs(image) ** 2).sum(1))
     assert np.abs(got - rss).max() < 2e-3 * rss.max()
+
+
+# ---- recon3d's own layout ------------------------------------------------------------------------------------------
+
+AFFINE = ((-1.0, 0, 0, 8), (0, -1.0, 0, 8), (0, 0, 2.0, -3), (0, 0, 0, 1))
+
+
+def same(a, b):
+    assert torch.equal(a.data, b.data) and a.grid == b.grid and a.trajectories == b.trajectories
+    for name in ("mask", "maps", "noise_covariance"):
+        one, two = getattr(a, name), getattr(b, name)
+        assert (one is None) == (two is None) and (one is None or torch.equal(one, two)), name
+
+
+@pytest.mark.parametrize("kind", ["cartesian", "shared", "one a slice", "volume"])
+def test_layout_round_trip(tmp_path, kind):
+    grid = VolumeGrid((3, 8, 6), (2.0, 1.0, 1.0), AFFINE)
+    maps, covariance = torch.from_numpy(noise(3, 2, 8, 6)), torch.from_numpy(noise(2, 2))
+    if kind == "cartesian":
+        data = torch.from_numpy(noise(3, 2, 8, 6))
+        mask = torch.ones(8, 6)
+        mask[::3] = 0
+        k = KSpace(data * mask, mask, None, grid, maps, covariance)
+    elif kind == "volume":
+        t = Trajectory(np.random.default_rng(0).random((4, 5, 3)) - 0.5, (3, 8, 6), "cycles")
+        k = KSpace(torch.from_numpy(noise(2, 20)), None, (t,), grid, maps.transpose(0, 1), covariance)
+    else:
+        r = np.random.default_rng(0)
+        ts = [Trajectory(r.random((4, 5, 2)) - 0.5, (8, 6), "cycles") for _ in range(3 if kind != "shared" else 1)]
+        k = KSpace(torch.from_numpy(noise(3, 2, 20)), None, tuple(ts), grid, maps, covariance)
+    write_kspace_hdf5(tmp_path / "a.h5", k)
+    back = read_kspace(tmp_path / "a.h5")
+    same(back, k)
+    assert back.source_format == "recon3d" and not back.notes
+    first = (tmp_path / "a.h5").read_bytes()
+    write_kspace_hdf5(tmp_path / "a.h5", back)
+    assert (tmp_path / "a.h5").read_bytes() == first and [p.name for p in tmp_path.iterdir()] == ["a.h5"]
+    text = describe(tmp_path / "a.h5")
+    json.dumps(text, allow_nan=False)
+    assert text["format"] == "recon3d k-space HDF5" and text["coils"] == 2 and "S" in text["orientation"]
+    if kind != "volume":
+        same(read_kspace(tmp_path / "a.h5", slices=(1, 3)), k.slab(1, 3))
+    with pytest.raises(ValueError, match="must end in"):
+        write_kspace_hdf5(tmp_path / "a.npz", k)
+
+
+def series(path, frames=3, **attributes):
+    r = np.random.default_rng(0)
+    points = (r.random((frames, 4, 5, 2)) - 0.5).astype(np.float32)
+    with h5py.File(path, "w") as f:
+        f["kspace"], f["trajectory"] = noise(frames, 2, 4, 5), points
+        f.attrs.update(attributes)
+    return noise(frames, 2, 4, 5), points
+
+
+def test_frames(tmp_path):
+    kspace, points = series(tmp_path / "a.h5", layout="cycles/pixel of a 8x6 image grid")
+    k = read_kspace(tmp_path / "a.h5")
+    assert k.data.shape == (3, 2, 20) and len(k.trajectories) == 3 and k.grid.shape == (3, 8, 6)
+    assert k.trajectories[1].points[7].tolist() == pytest.approx((2 * np.pi * points[1, 1, 2, ::-1]).tolist())
+    two = read_kspace(tmp_path / "a.h5", frames=[2, 0])
+    assert torch.equal(two.data, k.data[[2, 0]]) and two.trajectories == (k.trajectories[2], k.trajectories[0])
+    one = read_kspace(tmp_path / "a.h5", merge_frames=True, matrix=(16, 12), pixel_mm=(0.5, 0.5))
+    assert one.data.shape == (1, 2, 60) and one.grid.shape == (1, 16, 12) and one.grid.pixel_mm == (0.5, 0.5)
+    assert np.array_equal(one.data[0, 1].numpy(), kspace[:, 1].reshape(-1))
+    assert torch.equal(one.trajectories[0].points[20:40], k.trajectories[1].points)
+    turned = read_kspace(tmp_path / "a.h5", trajectory_order="yx")
+    assert torch.equal(turned.trajectories[0].points, k.trajectories[0].points.flip(1))
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (dict(matrix=None), "size of its image"),
+        (dict(frames=[3]), "has 3 frames"),
+        (dict(frames=[0], slices=(0, 1)), "one of the two"),
+        (dict(trajectory_unit="index"), "not usable"),
+        (dict(matrix=(8, 1 << 20)), "1048576"),
+    ],
+    ids=str,
+)
+def test_what_a_series_refuses(tmp_path, options, why):
+    series(tmp_path / "a.h5")
+    with pytest.raises(BadInput, match=why):
+        read_kspace(tmp_path / "a.h5", **{"matrix": (8, 6), **options})
+
+
+def test_measured_series(data):
+    path = data("raw_mr/brain_radial_vfa_5ch.h5")
+    k = read_kspace(path, merge_frames=True)
+    assert k.data.shape == (1, 5, 6 * 34 * 512) and k.grid.shape == (1, 256, 256)
+    assert describe(path)["sampling"]["trajectories"] == 6

@@ -5,6 +5,7 @@ from pathlib import Path
 from recon3d.io.atomic import atomic_write
 from recon3d.io.guard import BadInput, Limits
 from recon3d.io.kspace import KSpace, KSpaceOptions
+from recon3d.io.kspace_layout import write_kspace_hdf5
 from recon3d.io.layout import write_measurement
 from recon3d.io.measurement import Measurement, ReadOptions
 from recon3d.io.nifti import NiftiHeader, read_nifti, read_nifti_header, write_nifti
@@ -21,6 +22,7 @@ __all__ = [
     "NiftiHeader",
     "ReadOptions",
     "atomic_write",
+    "demo_kspace_path",
     "demo_volume_path",
     "describe",
     "hu_to_mu",
@@ -30,6 +32,7 @@ __all__ = [
     "read_nifti",
     "read_nifti_header",
     "read_projections",
+    "write_kspace_hdf5",
     "write_measurement",
     "write_nifti",
 ]
@@ -38,3 +41,8 @@ __all__ = [
 def demo_volume_path() -> Path:
     """The chest CT that ships with the package, in HU; its source and licence stand in ATTRIBUTION.md beside it."""
     return Path(__file__).resolve().parents[1] / "data" / "ct_chest_pyrad_lung1.nii.gz"
+
+
+def demo_kspace_path() -> Path:
+    """The k-space of a brain, 13 coils, two slices, that ships with the package; see ATTRIBUTION.md beside it."""
+    return Path(__file__).resolve().parents[1] / "data" / "mr_brain_cartesian_13ch.h5"

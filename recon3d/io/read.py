@@ -10,13 +10,15 @@ from recon3d.io.dataexchange import read_data_exchange
 from recon3d.io.fastmri import check_shape, grid_of, read_fastmri, readout_size
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_file
 from recon3d.io.hdf5 import HDF5_SIGNATURE, HDF5Reader, Tree
+from recon3d.io.ismrmrd import describe_ismrmrd, find_group, read_ismrmrd
 from recon3d.io.kspace import KSpace, KSpaceOptions, describe_grid, describe_sampling, sampled_points
+from recon3d.io.kspace_layout import describe_kspace_hdf5, read_kspace_hdf5
 from recon3d.io.layout import load_npz, read_sinogram_hdf5, read_sinogram_npz
 from recon3d.io.measurement import Measurement, ReadOptions
 from recon3d.io.mrheader import parse_header
 from recon3d.io.nifti import read_nifti_header
 
-_READ = "Data Exchange HDF5, a sinogram in HDF5 or npz, fastMRI, and NIfTI volumes are read"
+_READ = "Data Exchange, sinograms, fastMRI, ISMRMRD and recon3d's k-space in HDF5, sinograms in npz, and NIfTI are read"
 
 
 def read_measurement(
@@ -67,7 +69,7 @@ def read_projections(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_L
 
 
 def read_kspace(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any) -> KSpace:
-    """k-space from fastMRI HDF5.
+    """k-space from fastMRI, ISMRMRD, or recon3d's own layout in HDF5.
 
     Args:
         path: the file; its content tells the format.
@@ -124,8 +126,13 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         }
     with HDF5Reader() as reader:
         tree = reader.tree(path)
-        if _is_fastmri(tree):
+        group = find_group(tree)
+        if group is not None:
+            out |= describe_ismrmrd(path, reader, group)
+        elif _is_fastmri(tree):
             out |= _describe_fastmri(path, reader, tree)
+        elif "kspace" in tree:
+            out |= describe_kspace_hdf5(path, reader, tree)
     if "format" in out:
         name = out["format"]
     elif "exchange/data" in tree:
@@ -187,8 +194,13 @@ def _read(path: str | os.PathLike[str], options: dict[str, Any], limits: Limits)
             return read_data_exchange(path, ReadOptions.of(options), reader, tree, limits)
         if "sinogram" in tree:
             return read_sinogram_hdf5(path, ReadOptions.of(options), reader, tree, limits)
+        group = find_group(tree)
+        if group is not None:
+            return read_ismrmrd(path, KSpaceOptions.of(options), reader, group, limits)
         if _is_fastmri(tree):
             return read_fastmri(path, KSpaceOptions.of(options), reader, tree, limits)
+        if "kspace" in tree:
+            return read_kspace_hdf5(path, KSpaceOptions.of(options), reader, tree, limits)
     raise BadInput(path, "is HDF5 but holds neither exchange/data nor sinogram nor k-space", _READ)
 
 
