@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from recon3d.baselines.cg_sense import cg_sense
+from recon3d.baselines.cs import cs, cs_objective, tune_cs
 from recon3d.baselines.fbp import fbp
 from recon3d.baselines.progress import Callback
 from recon3d.baselines.sirt import sirt
 from recon3d.baselines.tv import Tuned, tune, tv3d, tv3d_objective
+from recon3d.baselines.zero_filled import zero_filled
 
-__all__ = ["Callback", "Tuned", "fbp", "sirt", "tune", "tv3d", "tv3d_objective"]
+__all__ = [
+    "Callback",
+    "Tuned",
+    "cg_sense",
+    "cs",
+    "cs_objective",
+    "fbp",
+    "sirt",
+    "tune",
+    "tune_cs",
+    "tv3d",
+    "tv3d_objective",
+    "zero_filled",
+]

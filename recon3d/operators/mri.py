@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Self
 
 import torch
@@ -36,6 +37,15 @@ class MRIOperator(LinearOperator):
             rhs = self.adjoint(y if weights is None else y * weights)
             self._given = held = (y, key[1], weights, key[3], rhs)
         return held[4] - self.normal(x, weights)
+
+    @abstractmethod
+    def coil_images(self, y: Tensor) -> Tensor:
+        """The image of every coil, transformed back with the density divided out: like the maps."""
+
+    def rss(self, y: Tensor) -> Tensor:
+        """Root of the sum of squares of the coil images, [z, y, x] real: an image without maps."""
+        images = self.coil_images(y)
+        return torch.linalg.vector_norm(images, dim=-3 if self.coupling == "slice" else -4)
 
     def norm(self, weights: Tensor | None = None, iterations: int = 20) -> float:
         """As LinearOperator.norm; a single weight scales the plain value."""
@@ -105,6 +115,11 @@ class CartesianMRI(MRIOperator):
     def pinv(self, y: Tensor) -> Tensor:
         """Zero-filled: coil images combined with the maps, the least-squares image of a full k-space."""
         return self.adjoint(y) * _inverse_power(self.maps)
+
+    def coil_images(self, y: Tensor) -> Tensor:
+        """Zero-filled image of every coil, [..., z, coil, y, x]."""
+        _check_shape("CartesianMRI", "k-space", y, self.range.shape)
+        return torch.stack([centred_ifft(y[..., k, :, :, :] * self._rows(k)) for k in range(y.shape[-4])], -4)
 
     def slab(self, start: int, stop: int) -> Self:
         """The operator of slices start to stop - 1 alone."""
