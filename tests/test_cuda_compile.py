@@ -11,8 +11,9 @@ import pytest
 from recon3d import _build
 
 CSRC = Path(__file__).parent.parent / "csrc"
-# registers a thread may use; 128 lets two blocks of 256 threads share a multiprocessor, 80 lets three
-BUDGET = {"forward_stack": 128, "adjoint_stack": 80}
+# registers a thread may use; 128 lets two blocks of 256 threads share a multiprocessor, 80 lets three; gather_cells
+# and interpolate_points want three and six blocks of 128 threads
+BUDGET = {"forward_stack": 128, "adjoint_stack": 80, "gather_cells": 168, "interpolate_points": 80}
 DEFAULT_BUDGET = 64
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for 'sm_(\d+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recon3d.ops import _library
+from recon3d.ops import _library, nufft_grid
 from recon3d.ops.nufft_plan import LEAST_EPS, NufftPlan, Unit, nufft_plan
 
 __all__ = ["NufftPlan", "nufft", "nufft_adjoint", "nufft_normal", "nufft_plan", "nufft_toeplitz_kernel"]
@@ -442,3 +442,10 @@ _library.define(
         (order.shape[0], len(grid))
     ),
 )
+for _name, _steps in (
+    ("nufft", nufft_grid.forward),
+    ("nufft_adjoint", nufft_grid.adjoint),
+    ("nufft_normal", nufft_grid.normal),
+    ("nufft_points_vjp", nufft_grid.points_vjp),
+):
+    _library.register_cuda(_name, _steps)

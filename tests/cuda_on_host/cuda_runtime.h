@@ -4,6 +4,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -35,7 +36,8 @@ struct Fibre {
 inline ucontext_t scheduler;
 inline std::vector<Fibre> fibres;
 inline size_t current = 0;
-inline std::vector<int> votes;  // of every barrier of the block
+inline std::vector<int> votes;                         // of every barrier of the block
+inline std::vector<std::array<unsigned, 32>> ballots;  // the same of every warp
 inline std::function<void()> body;
 
 inline void enter() {
@@ -51,11 +53,21 @@ inline int barrier(int vote) {
   swapcontext(&self.context, &scheduler);
   return votes[mine];
 }
+// Stricter than a device, where only the warp must meet.
+inline unsigned ballot(bool vote) {
+  const unsigned thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+  const size_t mine = fibres[current].barriers;
+  if (ballots.size() <= mine) ballots.resize(mine + 1, {});
+  ballots[mine][thread / 32] |= unsigned(vote) << thread % 32;
+  barrier(0);
+  return ballots[mine][thread / 32];
+}
 // Every thread of the block up to its next barrier, until all are done; false where they disagree about barriers.
 inline bool run_block() {
   const size_t n = size_t(blockDim.x) * blockDim.y * blockDim.z;
   if (fibres.size() < n) fibres.resize(n);
   votes.clear();
+  ballots.clear();
   for (size_t i = 0; i < n; ++i) {
     Fibre& f = fibres[i];
     f.stack.resize(1 << 16);
@@ -83,6 +95,8 @@ inline bool run_block() {
 
 inline void __syncthreads() { emulation::barrier(0); }
 inline int __syncthreads_or(int vote) { return emulation::barrier(vote); }
+inline unsigned __ballot_sync(unsigned, bool vote) { return emulation::ballot(vote); }
+inline int __popc(unsigned word) { return __builtin_popcount(word); }
 using std::ceil;
 using std::fabs;
 using std::floor;
