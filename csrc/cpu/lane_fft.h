@@ -24,6 +24,7 @@
 //     shift = n / 2 (integer division); ifftshift of the input is the caller's when it fills work. Padding too.
 
 #define RECON3D_INLINE static inline __attribute__((always_inline))
+#define RECON3D_MEMBER inline __attribute__((always_inline))
 #if RECON3D_LEVEL == 3
 constexpr int kBytes = 64;
 #elif RECON3D_LEVEL == 2
@@ -336,6 +337,10 @@ struct Butterfly {
       for (int k = 0; k < R; ++k) x[k] = k % 2 ? high[k % Q] : low[k % Q];
     }
   }
+};
+template <class T, int S>
+struct Butterfly<T, 1, S> {
+  static inline __attribute__((always_inline)) void run(typename Lanes<T>::Vec*) {}
 };
 template <class T, int S>
 struct Butterfly<T, 2, S> {

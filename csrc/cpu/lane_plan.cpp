@@ -1,5 +1,6 @@
 #include "cpu/lane_plan.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -54,18 +55,21 @@ double cheapest(int n, std::map<int, std::pair<double, int>>& memo) {
   return best.first;
 }
 
+// exp(sign 2 pi i j / of)
+template <class T>
+void push_root(std::vector<T>& table, int sign, int64_t j, int64_t of) {
+  const double angle = sign * 2 * 3.14159265358979323846 * static_cast<double>(j % of) / static_cast<double>(of);
+  table.push_back(static_cast<T>(std::cos(angle)));
+  table.push_back(static_cast<T>(std::sin(angle)));
+}
+
 template <class T>
 std::unique_ptr<const LanePlan<T>> make_plan(int n, int sign) {
   auto plan = std::make_unique<LanePlan<T>>();
   plan->n = n;
   plan->sign = sign;
   plan->work = 2 * n;
-  const double turn = sign * 2 * 3.14159265358979323846;
-  auto push = [&](int64_t j, int64_t of) {
-    const double angle = turn * static_cast<double>(j % of) / static_cast<double>(of);
-    plan->table.push_back(static_cast<T>(std::cos(angle)));
-    plan->table.push_back(static_cast<T>(std::sin(angle)));
-  };
+  auto push = [&](int64_t j, int64_t of) { push_root(plan->table, sign, j, of); };
   int rest = n, span = 1;
   for (const int r : lane_radices(n)) {
     LaneStage stage{r, rest / r, span, plan->table.size(), 0};
@@ -82,9 +86,42 @@ std::unique_ptr<const LanePlan<T>> make_plan(int n, int sign) {
   }
   return plan;
 }
+
+template <class T>
+std::unique_ptr<const NormalPlan<T>> make_normal_plan(int n) {
+  auto plan = std::make_unique<NormalPlan<T>>();
+  plan->n = n;
+  plan->work = n;
+  std::vector<int> radices = n > 1 ? lane_radices(n) : std::vector<int>{1};
+  std::sort(radices.begin(), radices.end());
+  int block = n;
+  for (const int r : radices) {
+    NormalStage stage{r, block / r, plan->table.size(), 0};
+    for (int p = 0; p < stage.step; ++p)
+      for (int k = 1; k < r; ++k) push_root(plan->table, -1, static_cast<int64_t>(p) * k, block);
+    if (!has_butterfly(r)) {
+      stage.roots = plan->table.size();
+      for (int j = 0; j < r; ++j) push_root(plan->table, -1, j, r);
+      plan->work = std::max(plan->work, n + r);
+    }
+    plan->stages.push_back(stage);
+    block /= r;
+  }
+  for (int place = 0; place < n; ++place) {
+    int rest = place, frequency = 0, weight = 1;
+    for (const NormalStage& stage : plan->stages) {
+      frequency += rest / stage.step * weight;
+      rest %= stage.step;
+      weight *= stage.radix;
+    }
+    plan->order.push_back(frequency);
+  }
+  return plan;
+}
 }  // namespace
 
 bool has_butterfly(int r) {
+  if (r == 1) return true;
   for (const int known : kRadices)
     if (r == known) return true;
   return false;
@@ -110,6 +147,18 @@ const LanePlan<T>& lane_plan(int n, int sign) {
 }
 template const LanePlan<float>& lane_plan<float>(int, int);
 template const LanePlan<double>& lane_plan<double>(int, int);
+
+template <class T>
+const NormalPlan<T>& normal_plan(int n) {
+  static auto* lock = new std::mutex;
+  static auto* plans = new std::map<int, std::unique_ptr<const NormalPlan<T>>>;
+  const std::lock_guard<std::mutex> guard(*lock);
+  auto& slot = (*plans)[n];
+  if (!slot) slot = make_normal_plan<T>(n);
+  return *slot;
+}
+template const NormalPlan<float>& normal_plan<float>(int);
+template const NormalPlan<double>& normal_plan<double>(int);
 
 int next_fast_length(int n) {
   for (int m = n < 2 ? 2 : n + n % 2;; m += 2) {

@@ -38,6 +38,29 @@ const LanePlan<T>& lane_plan(int n, int sign);
 extern template const LanePlan<float>& lane_plan<float>(int, int);
 extern template const LanePlan<double>& lane_plan<double>(int, int);
 
+// The pair F^H diag(w) F in place (cpu/lane_normal.h): the forward half leaves frequencies in the order in which its
+// stages make them, so w is brought into that order and nothing is ever sorted. Stage by stage, blocks of radix * step
+// elements become `radix` blocks of `step`; the last stage has step 1.
+struct NormalStage {
+  int radix, step;
+  size_t twiddle;  // [p < step][k = 1..radix - 1] complex, exp(-2 pi i p k / (radix step))
+  size_t roots;    // of a radix without a butterfly: [radix] complex, exp(-2 pi i j / radix)
+};
+
+template <class T>
+struct NormalPlan {
+  int n;
+  std::vector<NormalStage> stages;  // never empty
+  std::vector<T> table;
+  std::vector<int> order;  // the frequency at every place after the forward half
+  int work;                // elements of scratch: the line and what a radix without a butterfly needs
+};
+
+template <class T>
+const NormalPlan<T>& normal_plan(int n);
+extern template const NormalPlan<float>& normal_plan<float>(int);
+extern template const NormalPlan<double>& normal_plan<double>(int);
+
 // The radices that lane_fft has butterflies for, and whether r is one of them.
 constexpr int kRadices[] = {2, 3, 4, 5, 6, 7, 8, 10};
 bool has_butterfly(int r);

@@ -1,5 +1,11 @@
 #include "cpu/sense.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "cpu/radon_plan.h"  // Scratch
+
 namespace recon3d {
 namespace {
 const LaneKernelSet& kernel_set() {
@@ -9,6 +15,19 @@ const LaneKernelSet& kernel_set() {
   return kLanePortable;
 }
 }  // namespace
+
+namespace {
+constexpr size_t kLargePage = size_t{2} << 20;
+}
+
+PlaneMemory::PlaneMemory(size_t bytes) : scratch_(new Scratch(bytes + kLargePage)) {
+  const uintptr_t start = reinterpret_cast<uintptr_t>(scratch_->get());
+  memory_ = reinterpret_cast<void*>((start + kLargePage - 1) / kLargePage * kLargePage);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  madvise(memory_, bytes / kLargePage * kLargePage, MADV_HUGEPAGE);  // only a hint
+#endif
+}
+PlaneMemory::~PlaneMemory() { delete scratch_; }
 
 template <>
 const LaneKernels<float>& lane_kernels<float>() {

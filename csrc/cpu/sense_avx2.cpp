@@ -1,6 +1,9 @@
 // The lane kernels for x86-64 with AVX2 and FMA.
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <vector>
 
 #include "common.h"
 #include "cpu/sense.h"
@@ -18,9 +21,12 @@ namespace {
 // each needs the one before it
 // clang-format off
 #include "cpu/lane_fft.h"
+#include "cpu/lane_normal.h"
 #include "cpu/lane_batch.h"
+#include "cpu/sense_lanes.h"
 // clang-format on
-constexpr LaneKernelSet kKernels{{fft_rows<float>}, {fft_rows<double>}};
+constexpr LaneKernelSet kKernels{{fft_rows<float>, sense_lines<float>, sense_planes<float>},
+                                 {fft_rows<double>, sense_lines<double>, sense_planes<double>}};
 }  // namespace
 extern const LaneKernelSet* const kLaneAvx2 = &kKernels;
 }  // namespace recon3d

@@ -1,6 +1,9 @@
 // The lane kernels for every processor.
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <new>
+#include <vector>
 
 #include "common.h"
 #include "cpu/sense.h"
@@ -14,8 +17,11 @@ namespace {
 // each needs the one before it
 // clang-format off
 #include "cpu/lane_fft.h"
+#include "cpu/lane_normal.h"
 #include "cpu/lane_batch.h"
+#include "cpu/sense_lanes.h"
 // clang-format on
 }  // namespace
-extern const LaneKernelSet kLanePortable{{fft_rows<float>}, {fft_rows<double>}};
+extern const LaneKernelSet kLanePortable{{fft_rows<float>, sense_lines<float>, sense_planes<float>},
+                                         {fft_rows<double>, sense_lines<double>, sense_planes<double>}};
 }  // namespace recon3d

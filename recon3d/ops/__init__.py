@@ -7,15 +7,18 @@ from recon3d.ops.philox import NoiseKey, philox4x32, philox_bits, philox_normal
 from recon3d.ops.radon import radon, radon_adjoint
 from recon3d.ops.ramp_filter import ramp_filter
 from recon3d.ops.renoise import DataTerm, renoise
+from recon3d.ops.sense import SenseMaps, pack_maps, sense_normal, sense_toeplitz
 from recon3d.ops.tv3d import tv3d_dual_, tv3d_primal_, tv3d_value
 from recon3d.ops.tvz import tvz_adjoint, tvz_diff, tvz_normal, tvz_update, tvz_update_
 
 __all__ = [
     "DataTerm",
     "NoiseKey",
+    "SenseMaps",
     "cg_step_",
     "dot",
     "fbp",
+    "pack_maps",
     "philox4x32",
     "philox_bits",
     "philox_normal",
@@ -23,6 +26,8 @@ __all__ = [
     "radon_adjoint",
     "ramp_filter",
     "renoise",
+    "sense_normal",
+    "sense_toeplitz",
     "tv3d_dual_",
     "tv3d_primal_",
     "tv3d_value",
