@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ONE_THREAD = ("nufft", "sense")  # their rivals are libraries whose use of threads differs; scaling is timed apart
 
 
 def main() -> int:
@@ -18,11 +19,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads for everybody")
+    parser.add_argument("--threads", type=int, help="CPU threads for everybody; default: all, for nufft and sense 1")
     parser.add_argument("--no-record", action="store_true", help="leave bench/results/ as it is")
     args = parser.parse_args()
+    args.threads = args.threads or (1 if args.op in ONE_THREAD else os.cpu_count())
 
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = str(args.threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads are not charged as work
     import torch
@@ -36,13 +38,16 @@ def main() -> int:
         parser.error("--device cuda: this torch sees no CUDA device")
 
     load = f"load {os.getloadavg()[0]:.1f}"
-    print(_common.machine(device), _common.versions(), f"commit {_common.commit()}", load, sep=" | ")
+    print(_common.machine(device), _common.versions(args.op), f"commit {_common.commit()}", load, sep=" | ")
+    module = importlib.import_module(f"bench.{args.op}")
     try:
-        rows = importlib.import_module(f"bench.{args.op}").run(quick=args.quick, device=device)
+        rows = module.run(quick=args.quick, device=device)
     except _common.Refused as refused:
         print(refused, file=sys.stderr)
         return 1
     print(_common.table(rows))
+    if hasattr(module, "summary"):
+        print(module.summary(rows))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if not args.no_record:

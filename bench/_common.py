@@ -22,15 +22,19 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+MRI_PEERS = ("finufft", "cufinufft", "ducc0", "mrpro", "sigpy", "torchkbnufft", "deepinv", "scipy")
+PEERS = {"nufft": MRI_PEERS, "sense": MRI_PEERS}  # packages whose versions a row tells
 Thunk = Callable[[], object]
+K = TypeVar("K", bound=Hashable)
 
 
 class Refused(RuntimeError):
@@ -80,6 +84,27 @@ class Timing:
     cpu_ms: float
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What one contender costs, and how exact it is."""
+
+    wall_ms: float
+    cpu_ms: float
+    peak_mb: float = math.nan
+    error: float = math.nan
+
+    def times(self, factor: float) -> Measured:
+        """The same for `factor` times the work, done in turn."""
+        return replace(self, wall_ms=self.wall_ms * factor, cpu_ms=self.cpu_ms * factor)
+
+    def plus(self, other: Measured) -> Measured:
+        """Both, one after the other: times add; the larger peak and error stand."""
+        return Measured(
+            self.wall_ms + other.wall_ms, self.cpu_ms + other.cpu_ms, max(self.peak_mb, other.peak_mb),
+            max(self.error, other.error),
+        )  # fmt: skip
+
+
 def compare(
     op: str,
     case: str,
@@ -114,42 +139,72 @@ def compare(
     """
     if not gates:
         raise ValueError(f"{op}: a timing needs at least one gate")
-    failed = [f"{g.what} is {g.value:.3e}, limit {g.limit:.3e}" for g in gates if not g.passed]
-    if failed:
-        raise Refused(f"{op}, {case}, {direction}: not timed, {'; '.join(failed)}")
-    thunks = {"ours": ours, **rivals}
-    peaks = {k: peak_mb(f, device) + (resident_mb or {}).get(k, 0.0) for k, f in thunks.items()}
-    times = interleave(thunks, rounds=rounds, device=device)  # peak_mb has warmed everybody
-    mine = times["ours"]
+    judge(f"{op}, {case}, {direction}", gates)
+    found = measure(
+        {"ours": ours, **rivals}, errors={"ours": gates[0].value, **(errors or {})}, resident_mb=resident_mb,
+        rounds=rounds, device=device,
+    )  # fmt: skip
+    mine = found["ours"]
     share = math.nan
     if bytes_moved and device == "cuda":
         share = bytes_moved / (mine.wall_ms * 1e-3) / copy_bandwidth()
-    return [
-        Row(
-            op=op, case=case, direction=direction, device=device,
-            ours_ms=mine.wall_ms, ours_cpu_ms=mine.cpu_ms,
-            rival=k, rival_ms=times[k].wall_ms, rival_cpu_ms=times[k].cpu_ms,
-            ratio=times[k].wall_ms / mine.wall_ms, cpu_ratio=times[k].cpu_ms / mine.cpu_ms,
-            ours_error=gates[0].value, rival_error=(errors or {}).get(k, math.nan),
-            peak_mb=peaks["ours"], rival_peak_mb=peaks[k], copy_fraction=share,
-        )
-        for k in rivals
-    ]  # fmt: skip
+    return [pair(op, case, direction, mine, k, found[k], device, share) for k in rivals]
+
+
+def judge(what: str, gates: Sequence[Gate]) -> None:
+    """Raise Refused when a gate is not passed."""
+    failed = [f"{g.what} is {g.value:.3e}, limit {g.limit:.3e}" for g in gates if not g.passed]
+    if failed:
+        raise Refused(f"{what}: not timed, {'; '.join(failed)}")
+
+
+def measure(
+    thunks: Mapping[K, Thunk],
+    *,
+    errors: Mapping[K, float] | None = None,
+    resident_mb: Mapping[K, float] | None = None,
+    rounds: int = 7,
+    device: str = "cpu",
+    warm: bool = False,
+    slow_s: float = 3.0,
+) -> dict[K, Measured]:
+    """Peak memory of every contender, then their times in turn; `warm`: each has run before."""
+    # peak_mb warms everybody up
+    peaks = {k: peak_mb(f, device, warm) + (resident_mb or {}).get(k, 0.0) for k, f in thunks.items()}
+    times = interleave(thunks, rounds=rounds, device=device, slow_s=slow_s)
+    return {
+        k: Measured(t.wall_ms, t.cpu_ms, peaks[k], (errors or {}).get(k, math.nan)) for k, t in times.items()
+    }  # fmt: skip
+
+
+def pair(
+    op: str, case: str, direction: str, mine: Measured, rival: str, its: Measured, device: str = "cpu",
+    copy_fraction: float = math.nan,
+) -> Row:  # fmt: skip
+    """The row that sets ours beside one rival."""
+    return Row(
+        op=op, case=case, direction=direction, device=device,
+        ours_ms=mine.wall_ms, ours_cpu_ms=mine.cpu_ms,
+        rival=rival, rival_ms=its.wall_ms, rival_cpu_ms=its.cpu_ms,
+        ratio=its.wall_ms / mine.wall_ms, cpu_ratio=its.cpu_ms / mine.cpu_ms,
+        ours_error=mine.error, rival_error=its.error,
+        peak_mb=mine.peak_mb, rival_peak_mb=its.peak_mb, copy_fraction=copy_fraction,
+    )  # fmt: skip
 
 
 def interleave(
-    thunks: Mapping[str, Thunk], rounds: int = 7, device: str = "cpu", least_s: float = 0.02
-) -> dict[str, Timing]:
+    thunks: Mapping[K, Thunk], rounds: int = 7, device: str = "cpu", least_s: float = 0.02, slow_s: float = 3.0
+) -> dict[K, Timing]:
     """Time every thunk, warmed up, once per round, in turn.
 
     A turn repeats a call until `least_s` has passed, so that clocks and wake-ups of threads do not show. A
-    slow thunk (more than 3 s a call) stops after two turns.
+    slow thunk (more than `slow_s` a call) stops after two turns.
     """
     sample = _cuda_sample if device == "cuda" else _cpu_sample
-    samples: dict[str, list[Timing]] = {k: [] for k in thunks}
+    samples: dict[K, list[Timing]] = {k: [] for k in thunks}
     for turn in range(rounds):
         for k, f in thunks.items():
-            if turn >= 2 and samples[k][0].wall_ms > 3000:
+            if turn >= 2 and samples[k][0].wall_ms > 1e3 * slow_s:
                 continue
             samples[k].append(sample(f, least_s))
     return {
@@ -196,9 +251,10 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / (best * 1e-3)
 
 
-def peak_mb(f: Thunk, device: str = "cpu") -> float:
+def peak_mb(f: Thunk, device: str = "cpu", warm: bool = False) -> float:
     """Memory one call adds at its peak, in MB (resident set on Linux, allocator on CUDA, NaN elsewhere)."""
-    f()  # what a library allocates once and keeps does not count as a call's
+    if not warm:
+        f()  # what a library allocates once and keeps does not count as a call's
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -242,10 +298,10 @@ def machine(device: str = "cpu") -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
-def versions() -> str:
-    """recon3d's dependencies that matter to a timing, and the rivals at hand."""
+def versions(op: str = "") -> str:
+    """recon3d's dependencies that matter to a timing, and the rivals of the op at hand."""
     found = [f"python {platform.python_version()}"]
-    for name in ("torch", "triton", "numpy", "astra-toolbox", "scikit-image"):
+    for name in ("torch", "triton", "numpy", *PEERS.get(op, ("astra-toolbox", "scikit-image"))):
         try:
             found.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
@@ -285,7 +341,7 @@ def record(rows: Sequence[Row], folder: Path = RESULTS) -> None:
                         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"),
                         "machine": machine(row.device),
                         "load": f"{os.getloadavg()[0]:.1f}",
-                        "versions": versions(),
+                        "versions": versions(op),
                         "commit": commit(),
                         **values,
                     }

@@ -1,13 +1,15 @@
-"""The timing harness: a failed gate refuses, rivals are timed in turn, rows are kept."""
+"""The timing harness: a failed gate refuses, rivals are timed in turn, rows are kept, truths are true."""
 
 import csv
 import math
+import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
-from bench import _common
+from bench import _common, _goals, _nufft_rivals, nufft
 from bench._common import Gate, Refused, compare
 
 
@@ -47,3 +49,63 @@ def test_rows_are_appended(tmp_path):
         kept = list(csv.DictReader(file))
     assert len(kept) == 2 and kept[0]["rival"] == "slower" and "torch" in kept[0]["versions"]
     assert "slower" in _common.table(rows())
+
+
+def test_slow_contender_stops_after_two_turns():
+    calls = {"quick": 0, "slow": 0}
+
+    def work(name, seconds):
+        calls[name] += 1
+        time.sleep(seconds)
+
+    names = {"quick": 0.03, "slow": 0.06}
+    thunks = {k: (lambda k=k, v=v: work(k, v)) for k, v in names.items()}
+    _common.interleave(thunks, rounds=4, slow_s=0.05)
+    assert calls == {"quick": 4, "slow": 2}
+
+
+def test_measured_work_adds_and_scales():
+    one, two = _common.Measured(1.0, 2.0, 5.0, 0.1), _common.Measured(3.0, 4.0, 2.0, 0.3)
+    assert one.plus(two.times(2)) == _common.Measured(7.0, 10.0, 5.0, 0.3)
+
+
+def test_goals_are_judged_by_cpu_time_and_say_who_is_less_exact():
+    mine, its = _common.Measured(1.0, 1.0, error=2e-3), _common.Measured(9.0, 4.0, error=1e-3)
+    row = _common.pair("nufft", "case", "both", mine, "finufft, 8 of 128", its)
+    wanted = _goals.goals("case", "both", {"finufft": (3, 5), "sigpy": (1, 1)}) + _goals.goals(
+        "no", "both", {"x": (1, 1)}
+    )
+    lines = _goals.report([row], wanted).strip().splitlines()
+    assert len(lines) == 2 and "4.0x" in lines[0] and ": met;" in lines[0] and "OURS LESS EXACT" in lines[0]
+    assert lines[1] == "1 of 1 goals met"
+    assert "not met" in _goals.report([row], _goals.goals("case", "both", {"finufft": (5, 6)}))
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (4, 3, 5)])
+def test_exact_transform_is_the_definition(shape):
+    g = torch.Generator().manual_seed(0)
+    points = (2 * torch.rand(11, len(shape), generator=g, dtype=torch.float64) - 1) * math.pi
+    x, y = torch.randn(2, *shape, dtype=torch.complex64), torch.randn(2, 11, dtype=torch.complex64)
+    pixels = torch.cartesian_prod(*(torch.arange(n) - n // 2 for n in shape)).double()
+    matrix = torch.polar(torch.ones((), dtype=torch.float64), -points @ pixels.T) / math.sqrt(math.prod(shape))
+    chosen, lines = torch.tensor([7, 0, 3]), tuple(torch.tensor([n - 1, 0]) for n in shape[:-1])
+    samples, image = nufft.exact(points, shape, x, y, chosen, lines)
+    want_y = x.flatten(1).to(torch.complex128) @ matrix.T
+    want_x = (y.to(torch.complex128) @ matrix.conj()).reshape(2, *shape)
+    torch.testing.assert_close(samples, want_y[:, chosen])
+    torch.testing.assert_close(image, want_x[(slice(None), *lines)])
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_toeplitz_kernel_is_the_normal_operator(absent, monkeypatch):
+    if absent:
+        monkeypatch.setitem(sys.modules, "finufft", None)
+    else:
+        pytest.importorskip("finufft")
+    shape, points = (4, 6), np.random.default_rng(0).uniform(-math.pi, math.pi, (9, 2))
+    pixels = torch.cartesian_prod(*(torch.arange(n) - n // 2 for n in shape)).double()
+    matrix = torch.polar(torch.ones((), dtype=torch.float64), -torch.from_numpy(points) @ pixels.T) / math.sqrt(24)
+    x = torch.randn(shape, dtype=torch.complex128)
+    spectrum = torch.fft.fft2(x, s=(8, 12)) * _nufft_rivals.toeplitz_kernel(points, shape)
+    want = (matrix.mH @ (matrix @ x.flatten())).reshape(shape)
+    torch.testing.assert_close(torch.fft.ifft2(spectrum)[:4, :6], want, rtol=1e-9, atol=1e-9)
