@@ -9,13 +9,17 @@ from laws import check_adjoint, check_linear, check_threads
 
 from recon3d import testing
 from recon3d.consistency.solve import conjugate_gradients
+from recon3d.geometry.mri import kooshball, radial, spiral
 from recon3d.operators import (
     CartesianMRI,
+    NonCartesianMRI,
     centred_fft,
     centred_ifft,
     decouple_readout,
     decouple_stack,
+    mri,
 )
+from recon3d.testing.phantoms import coil_maps, rasterise, shepp_logan
 
 SLICES, COILS, NY, NX = 3, 4, 15, 18
 
@@ -189,3 +193,151 @@ def test_bad_arguments(operator):
         operator.normal(torch.zeros(1, NY, NX))
     with pytest.raises(ValueError, match="k-space must end in"):
         operator.adjoint(torch.zeros(SLICES, COILS + 1, NY, NX))
+
+
+def _exact(points, shape):
+    """Matrix [M, pixels] of the written convention."""
+    axes = [torch.arange(n, dtype=torch.float64) - n // 2 for n in shape]
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(shape))
+    return torch.exp(-1j * (points @ grid.T)) / math.sqrt(math.prod(shape))
+
+
+PLANE = (12, 13)
+SPACE = (6, 8, 7)
+
+
+def _non_cartesian(kind, **options):
+    if kind == "space":
+        return NonCartesianMRI(kooshball(20, 12, SPACE), _random(COILS, *SPACE, seed=9), **options)
+    maps = _maps(ny=PLANE[0], nx=PLANE[1])
+    if kind == "plane":
+        return NonCartesianMRI(radial(9, 20, PLANE), maps, **options)
+    spokes = [radial(9, 20, PLANE, start_rad=a) for a in (0.0, 0.4, 0.0)]
+    return NonCartesianMRI(spokes, maps, **options)
+
+
+@pytest.mark.parametrize("kind", ["plane", "per slice", "space"])
+@pytest.mark.parametrize("normal", ["toeplitz", "nufft"])
+def test_non_cartesian_laws(kind, normal):
+    if kind == "space" and normal == "toeplitz":
+        pytest.skip("of the plane only")
+    operator = _non_cartesian(kind, normal=normal, eps=1e-5)
+    x, y = _random(*operator.domain.shape), _random(*operator.range.shape, seed=1)
+    check_adjoint(operator, operator.adjoint, x, y)
+    check_linear(operator, x, _random(*operator.domain.shape, seed=2))
+    testing.check_adjoint(operator)
+    assert tuple(operator(x).shape) == operator.range.shape
+    want = operator.adjoint(operator(x))
+    assert _gap(operator.normal(x), want) < 2e-5
+    assert _gap(operator.residual(x, y), operator.adjoint(y) - want) < 2e-5
+    batch = torch.stack([x, 2 * x])
+    assert _gap(operator(batch)[1], 2 * operator(x)) < 1e-6
+    assert _gap(operator.adjoint(operator(batch))[1], 2 * want) < 1e-6
+    assert _gap(operator.normal(batch)[1], 2 * operator.normal(x)) < 1e-6
+    if kind == "space":
+        assert operator.coupling == "volume"
+        with pytest.raises(NotImplementedError, match="all slices at once"):
+            operator.slab(0, 1)
+    else:
+        testing.check_slices_independent(operator)
+        part = operator.slab(1, 3)
+        assert _gap(part.pinv(y[1:]), operator.pinv(y)[1:]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["plane", "per slice", "space"])
+def test_non_cartesian_is_the_formula(kind):
+    operator = _non_cartesian(kind, eps=1e-6)
+    x = _random(*operator.domain.shape)
+    got = operator(x)
+    if kind == "space":
+        matrix = _exact(operator.trajectories[0].points, SPACE)
+        want = (operator.maps * x).reshape(COILS, -1).to(torch.complex128) @ matrix.T
+    else:
+        given = operator.trajectories * (SLICES if kind == "plane" else 1)
+        images = (operator.maps * x[:, None]).flatten(2).to(torch.complex128)
+        want = torch.stack([i @ _exact(t.points, PLANE).T for i, t in zip(images, given, strict=True)])
+    assert _gap(got, want) < 2e-6
+    assert _gap(operator(x.to(torch.complex128)), want) < 2e-6
+
+
+@pytest.mark.parametrize("normal", ["toeplitz", "nufft"])
+def test_non_cartesian_weights(normal):
+    operator = _non_cartesian("per slice", normal=normal, eps=1e-5)
+    x = _random(*operator.domain.shape)
+    samples = operator.range.shape[-1]
+    for shape in ((1,), (1, 1, 1), (samples,), (1, 1, samples), (SLICES, 1, samples), (1, COILS, 1)):
+        weights = _random(*shape, seed=3, dtype=torch.float32).abs() + 0.1
+        for w in (weights, 2 * weights.to(torch.complex64)):
+            want = operator.adjoint(w * operator(x))
+            assert _gap(operator.normal(x, w), want) < 3e-5
+    weights = torch.rand(samples, generator=torch.Generator().manual_seed(1))
+    first = operator.normal(x, weights)
+    assert torch.equal(first, operator.normal(x, weights))
+    weights.mul_(2)  # in place: the kept kernel is made anew
+    assert _gap(operator.normal(x, weights), 2 * first) < 1e-5
+
+
+def test_the_number_of_samples_decides_between_toeplitz_and_nufft():
+    maps = _maps(ny=PLANE[0], nx=PLANE[1])
+    assert not NonCartesianMRI(radial(9, 20, PLANE), maps).toeplitz
+    assert NonCartesianMRI(radial(30, 20, PLANE), maps).toeplitz
+    assert NonCartesianMRI(radial(9, 20, PLANE), maps, eps=1e-6).toeplitz
+    assert not NonCartesianMRI(radial(30, 20, PLANE), maps, normal="nufft").toeplitz
+
+
+@pytest.mark.parametrize("make", [lambda s: radial(80, 64, s), lambda s: spiral(16, 400, s)])
+def test_gridding_is_quantitative(make):
+    shape = (32, 32)
+    maps = coil_maps(4, (1, *shape))
+    x = torch.from_numpy(rasterise(shepp_logan(14.0), shape, (1.0, 1.0), 3)).to(torch.complex64)[None]
+    operator = NonCartesianMRI(make(shape), maps)
+    y = operator(x)
+    inside = x.abs() > 0.1
+    found = operator.pinv(y)
+    assert float((found[inside] / x[inside]).real.median()) == pytest.approx(1, abs=0.1)
+    assert _gap(operator.rss(y)[inside], found.abs()[inside]) < 0.1
+    flat = NonCartesianMRI(make(shape), maps, density=operator.density().reshape(-1))
+    assert torch.equal(flat.pinv(y), found)
+
+
+def test_gridding_in_space_uses_every_coil():
+    operator = _non_cartesian("space")
+    y = operator(_random(*SPACE))
+    assert operator.coil_images(y).shape == (COILS, *SPACE)
+    assert operator.rss(y).shape == SPACE and not operator.rss(y).is_complex()
+    assert operator.pinv(y).shape == SPACE
+
+
+def test_non_cartesian_memory_is_bounded_by_parts(monkeypatch):
+    x = _random(SLICES, *PLANE)
+    whole = {k: _non_cartesian(k) for k in ("plane", "per slice", "space")}
+    want = {k: (o(_random(*o.domain.shape)), o.normal(_random(*o.domain.shape))) for k, o in whole.items()}
+    monkeypatch.setitem(mri._TOGETHER, "cpu", 1)
+    for k, o in whole.items():
+        x = _random(*o.domain.shape)
+        assert _gap(o(x), want[k][0]) < 1e-6 and _gap(o.normal(x), want[k][1]) < 1e-6
+        assert _gap(o.adjoint(o(x)), want[k][1]) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: NonCartesianMRI(radial(3, 8, (9, 9)), _maps()), ValueError, r"the trajectory is for \(9, 9\)"),
+        (lambda: NonCartesianMRI(radial(3, 8, (NY, NX)), _maps()[0]), ValueError, r"\[slice, coil, y, x\]"),
+        (lambda: NonCartesianMRI(kooshball(3, 8, SPACE), _maps()[0]), ValueError, r"\[coil, z, y, x\]"),
+        (lambda: NonCartesianMRI([radial(3, 8, (NY, NX))] * 2, _maps()), ValueError, "2 trajectories for 3 slices"),
+        (
+            lambda: NonCartesianMRI([radial(3, 8, (NY, NX)), radial(3, 9, (NY, NX)), radial(3, 8, (NY, NX))], _maps()),
+            ValueError,
+            "trajectory 1 has 27 samples",
+        ),
+        (lambda: NonCartesianMRI([], _maps()), TypeError, "one Trajectory, or one per slice"),
+        (lambda: NonCartesianMRI(radial(3, 8, (NY, NX)), _maps(), normal="fft"), ValueError, "'auto'"),
+        (lambda: _non_cartesian("space", normal="toeplitz"), ValueError, "take normal='nufft'"),
+        (lambda: _non_cartesian("plane", density=torch.ones(7)), ValueError, "density must be"),
+        (lambda: _non_cartesian("plane", density=torch.full((180,), math.nan)), ValueError, "real and finite"),
+    ],
+)
+def test_bad_non_cartesian(make, error, words):
+    with pytest.raises(error, match=words):
+        make()

@@ -5,7 +5,7 @@ from recon3d.operators.coils import apply_coils, compress_coils, noise_covarianc
 from recon3d.operators.ct import CTOperator
 from recon3d.operators.espirit import calibration_region, espirit
 from recon3d.operators.fourier import centred_fft, centred_ifft, decouple_readout, decouple_stack
-from recon3d.operators.mri import CartesianMRI, MRIOperator
+from recon3d.operators.mri import CartesianMRI, MRIOperator, NonCartesianMRI
 from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise, estimate_noise
 from recon3d.operators.simulate import simulate_ct
 from recon3d.operators.simulate_mri import simulate_mri
@@ -17,6 +17,7 @@ __all__ = [
     "LinearOperator",
     "MRIOperator",
     "NoiseModel",
+    "NonCartesianMRI",
     "PoissonNoise",
     "Space",
     "apply_coils",
