@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Self, overload
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from recon3d.operators.base import LinearOperator, Space
 from recon3d.operators.fourier import centred_fft, centred_ifft
 from recon3d.ops.density import ramp
 from recon3d.ops.nufft import NufftPlan, nufft, nufft_adjoint, nufft_normal, nufft_plan, nufft_toeplitz_kernel
+from recon3d.ops.sense import SenseMaps, pack_maps, sense_normal, sense_toeplitz
 
 __all__ = ["CartesianMRI", "MRIOperator", "NonCartesianMRI"]
 
@@ -40,6 +41,7 @@ class MRIOperator(LinearOperator):
 
     maps: Tensor
     _given: tuple[Tensor, int, Tensor | None, int, Tensor] | None = None
+    _lanes: SenseMaps | None = None
 
     def residual(self, x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
         """A^H W (y - A x) as A^H W y - A^H W A x; the first term is kept for the next call with the same y."""
@@ -67,6 +69,12 @@ class MRIOperator(LinearOperator):
 
     def _device(self) -> torch.device:
         return self.maps.device
+
+    def _packed(self, dtype: torch.dtype) -> SenseMaps:
+        """The maps as the normal operators want them, made once."""
+        if self._lanes is None or self._lanes.maps.dtype != dtype:
+            self._lanes = pack_maps(self.maps.to(dtype))
+        return self._lanes
 
 
 class CartesianMRI(MRIOperator):
@@ -112,17 +120,15 @@ class CartesianMRI(MRIOperator):
         return out
 
     def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """A^H W A x; k-space exists for one slice at a time."""
+        """A^H W A x without k-space in memory, unless the weights differ from coil to coil."""
         _check_shape("CartesianMRI", "the volume", x, self.domain.shape)
-        out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, self.maps.dtype))
+        mask = self.mask.square()
         if weights is not None and weights.numel() > 1:
-            weights = weights.broadcast_to(torch.broadcast_shapes(weights.shape, self.range.shape))
-        for k in range(x.shape[-3]):
-            y = centred_fft(x[..., k, None, :, :] * self.maps[k]) * self._rows(k).square()
-            if weights is not None and weights.numel() > 1:
-                y = y * weights[..., k, :, :, :]
-            out[..., k, :, :] = (centred_ifft(y) * self.maps[k].conj()).sum(-3)
-        return out if weights is None or weights.numel() > 1 else out * weights.reshape(())
+            if weights.ndim > 4 or (weights.ndim > 2 and weights.shape[-3] != 1):
+                return super().normal(x, weights)
+            mask = mask * _real(weights).reshape(-1, *weights.shape[-2:] if weights.ndim > 1 else weights.shape)
+        out = _each(lambda part: sense_normal(part, self._packed(part.dtype), mask), x, self.maps.dtype)
+        return out if weights is None or weights.numel() > 1 else out * weights.real.reshape(())
 
     def pinv(self, y: Tensor) -> Tensor:
         """Zero-filled: coil images combined with the maps, the least-squares image of a full k-space."""
@@ -191,8 +197,8 @@ class NonCartesianMRI(MRIOperator):
         self._choice = normal
         self._density = None if density is None else self._checked_density(density)
         self._plans: dict[str, NufftPlan] = {}
-        self._kernels: dict[str, Tensor] = {}
-        self._weighted: tuple[Tensor, int, dict[str, Tensor]] | None = None
+        self._kernel: Tensor | None = None
+        self._weighted: tuple[Tensor, int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Samples of every coil image: [..., z, y, x] -> [..., z, coil, sample] or [..., coil, sample]."""
@@ -228,20 +234,19 @@ class NonCartesianMRI(MRIOperator):
             density: Tensor | None = weights.reshape(-1)
         else:
             density = None
-        out = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, self.maps.dtype))
-        kernels = self._toeplitz_kernels(density) if self.toeplitz else {}
-        for part, plan in self._parts():
-            maps = self.maps[part]
-            if self.coupling == "volume":
-                images = nufft_normal(x[..., None, :, :, :] * maps, plan, _real(density))
-                out = out + (images * maps.conj()).sum(-4)
-                continue
-            images = x[..., part, None, :, :] * maps
-            if self.toeplitz:
-                images = _convolve(images, kernels[plan.digest])
-            else:
-                images = nufft_normal(images, plan, _real(density))
-            out[..., part, :, :] = (images * maps.conj()).sum(-3)
+        if self.toeplitz:
+            kernel = self._toeplitz_kernel(density)
+            out = _each(lambda part: sense_toeplitz(part, self._packed(part.dtype), kernel), x, self.maps.dtype)
+        else:
+            out = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, self.maps.dtype))
+            for part, plan in self._parts():
+                maps = self.maps[part]
+                if self.coupling == "slice":
+                    images = nufft_normal(x[..., part, None, :, :] * maps, plan, _real(density))
+                    out[..., part, :, :] = (images * maps.conj()).sum(-3)
+                else:
+                    images = nufft_normal(x[..., None, :, :, :] * maps, plan, _real(density))
+                    out = out + (images * maps.conj()).sum(-4)
         return out if weights is None or weights.numel() > 1 else out * weights.real.reshape(())
 
     def pinv(self, y: Tensor) -> Tensor:
@@ -285,7 +290,9 @@ class NonCartesianMRI(MRIOperator):
             density=density if density is None else density[:, 0] if density.shape[0] == 1 else density[start:stop, 0],
             normal=self._choice,
         )
-        part._plans, part._kernels = self._plans, self._kernels  # of the same trajectories
+        part._plans = self._plans  # of the same trajectories
+        if self._kernel is not None:
+            part._kernel = self._kernel if one else self._kernel[start:stop]
         return part
 
     def to(self, device: str | torch.device) -> Self:
@@ -325,20 +332,24 @@ class NonCartesianMRI(MRIOperator):
             for first in range(0, len(members), step):
                 yield members[first : first + step], plan
 
-    def _toeplitz_kernels(self, density: Tensor | None) -> dict[str, Tensor]:
-        """Kernel by plan digest; those for weights are kept until other weights come."""
+    def _toeplitz_kernel(self, density: Tensor | None) -> Tensor:
+        """[2 y, 2 x], or one per slice; the one for weights is kept until other weights come."""
         if density is None:
-            kernels = self._kernels
-        else:
-            held = self._weighted
-            if held is None or held[0].data_ptr() != density.data_ptr() or held[1] != density._version:
-                self._weighted = held = (density, density._version, {})
-            kernels = held[2]
-        for trajectory in self.trajectories:
-            plan = self._plan(trajectory)
-            if plan.digest not in kernels:
-                kernels[plan.digest] = nufft_toeplitz_kernel(plan, plan.shape, _real(density))
-        return kernels
+            if self._kernel is None:
+                self._kernel = self._made_kernel(None)
+            return self._kernel
+        held = self._weighted
+        if held is None or held[0].data_ptr() != density.data_ptr() or held[1] != density._version:
+            self._weighted = held = (density, density._version, self._made_kernel(_real(density)))
+        return held[2]
+
+    def _made_kernel(self, density: Tensor | None) -> Tensor:
+        shape = self.trajectories[0].shape
+        made = {
+            t.digest: nufft_toeplitz_kernel(self._plan(t), shape, density) for t in dict.fromkeys(self.trajectories)
+        }
+        kernels = [made[t.digest] for t in self.trajectories]
+        return kernels[0] if len(kernels) == 1 else torch.stack(kernels)
 
     def _checked_density(self, density: Tensor) -> Tensor:
         samples, slices = self.range.shape[-1], self.range.shape[0] if self.coupling == "slice" else 1
@@ -357,10 +368,12 @@ class NonCartesianMRI(MRIOperator):
         return rows.to(self.maps.device, self.maps.dtype.to_real())
 
 
-def _convolve(images: Tensor, kernel: Tensor) -> Tensor:
-    ny, nx = images.shape[-2:]
-    padded = torch.fft.fft2(images, s=(2 * ny, 2 * nx)) * kernel
-    return torch.fft.ifft2(padded)[..., :ny, :nx]
+def _each(normal: Callable[[Tensor], Tensor], x: Tensor, kind: torch.dtype) -> Tensor:
+    """A normal operator of [z, y, x] on every volume of a batch."""
+    x = x.to(torch.promote_types(x.dtype, kind))
+    if x.ndim == 3:
+        return normal(x)
+    return torch.stack([normal(part) for part in x.flatten(0, -4)]).reshape(x.shape)
 
 
 def _density(trajectory: Trajectory, eps: float) -> Tensor:
@@ -383,6 +396,10 @@ def _pipe_menon(plan: NufftPlan, iterations: int = 15) -> Tensor:
     return w
 
 
+@overload
+def _real(weights: Tensor) -> Tensor: ...
+@overload
+def _real(weights: None) -> None: ...
 def _real(weights: Tensor | None) -> Tensor | None:
     return weights.real if weights is not None and weights.is_complex() else weights
 
