@@ -6,15 +6,18 @@ import pytest
 import torch
 from laws import check_batch_independent
 
+from recon3d.geometry.mri import kooshball, radial
 from recon3d.operators import (
     CartesianMRI,
     GaussianNoise,
+    NonCartesianMRI,
     apply_coils,
     calibration_region,
     centred_fft,
     centred_ifft,
     compress_coils,
     espirit,
+    gridded_calibration,
     masks,
     noise_covariance,
     outer_noise,
@@ -84,6 +87,17 @@ def test_outer_noise_skips_what_was_not_sampled():
     assert held.shape[1] < 0.6 * found.shape[1]
 
 
+def test_outer_noise_of_spokes():
+    trajectory = radial(20, 64, (32, 32))
+    y = 0.5 * _random(2, 3, trajectory.n_samples, seed=1)
+    y[..., trajectory.points.square().sum(1) < 1] += 50
+    found = outer_noise(y, trajectory, share=0.2)
+    assert found.shape[0] == 3 and float(found.abs().square().mean()) == pytest.approx(0.25, rel=0.1)
+    assert torch.equal(outer_noise(y[0], trajectory), outer_noise(y[:1], trajectory))
+    with pytest.raises(ValueError, match="1280 samples"):
+        outer_noise(y[..., 1:], trajectory)
+
+
 def test_measured_corners_and_image_border_agree_on_the_noise(data):
     h5py = pytest.importorskip("h5py")
     with h5py.File(data("raw_mr/brain_cartesian_vfa_13ch.h5")) as file:
@@ -144,12 +158,55 @@ def test_espirit_of_undersampled_and_of_calibration_data(head):
     assert _gap(espirit(region, shape=(N, N)), espirit(kspace * mask)) < 1e-6
 
 
+@pytest.mark.parametrize("per_slice", [False, True])
+def test_espirit_of_spokes(head, per_slice):
+    image, maps, _ = head
+    spokes = (
+        [radial(31, 2 * N, (N, N), start_rad=a) for a in (0.0, 0.1, 0.2)] if per_slice else radial(31, 2 * N, (N, N))
+    )
+    operator = NonCartesianMRI(spokes, maps)
+    y = simulate_mri(image, operator, smooth_phase((SLICES, N, N), 3), GaussianNoise(2e-3), 1)
+    region = gridded_calibration(y, spokes)
+    assert region.shape == (SLICES, COILS, 24, 24)
+    agreement = (espirit(region, shape=(N, N)).conj() * maps).sum(1).abs()[image > 0.05]
+    assert float(agreement.quantile(0.01)) > 0.999
+
+
+def test_espirit_of_a_trajectory_in_space():
+    shape = (16, 32, 32)
+    maps = coil_maps(6, shape, rings=2).movedim(1, 0).contiguous()
+    image = torch.from_numpy(rasterise(shepp_logan(14.0), shape[1:], (1.0, 1.0), 3)).float()
+    image = image * torch.hann_window(18)[1:-1, None, None]
+    trajectory = kooshball(500, 32, shape)
+    y = simulate_mri(image, NonCartesianMRI(trajectory, maps))
+    region = gridded_calibration(y, trajectory, size=14)
+    assert region.shape == (16, 6, 14, 14)
+    found = espirit(region, shape=shape[1:]).movedim(1, 0)
+    agreement = (found.conj() * maps).sum(0).abs()[image > 0.15]
+    assert float(agreement.quantile(0.05)) > 0.99
+
+
+def test_gridded_calibration_is_the_centre_of_kspace(head):
+    image, maps, kspace = head
+    operator = NonCartesianMRI(radial(150, 2 * N, (N, N)), maps)
+    y = simulate_mri(image, operator, smooth_phase((SLICES, N, N), 3))
+    want = calibration_region(kspace, 16)
+    got = gridded_calibration(y, operator.trajectories, 16, 30)
+    scale = torch.vdot(got.flatten(), want.flatten()) / got.norm() ** 2
+    assert _gap(scale * got, want) < 0.1
+    with pytest.raises(ValueError, match="lower size, or give coil maps"):
+        gridded_calibration(y[..., : 2 * N], radial(1, 2 * N, (N, N)))
+    with pytest.raises(ValueError, match=r"\[slice, coil, sample\]"):
+        gridded_calibration(y[..., 1:], operator.trajectories)
+
+
 def test_espirit_slices_do_not_see_their_neighbours(head):
     _, _, kspace = head
     reference_free = kspace[:1].repeat(2, 1, 1, 1)
     check_batch_independent(espirit, reference_free)
 
 
+@pytest.mark.slow  # sigpy compiles on first use
 def test_espirit_agrees_with_sigpy(head):
     app = pytest.importorskip("sigpy.mri.app", exc_type=ImportError)
     _, _, kspace = head

@@ -13,6 +13,7 @@ from recon3d.geometry.mri import kooshball, radial, spiral
 from recon3d.operators import (
     CartesianMRI,
     NonCartesianMRI,
+    ThickSlices,
     centred_fft,
     centred_ifft,
     decouple_readout,
@@ -341,3 +342,63 @@ def test_non_cartesian_memory_is_bounded_by_parts(monkeypatch):
 def test_bad_non_cartesian(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+@pytest.mark.parametrize("profile", ["box", "gaussian"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_thick_slices(profile, dtype):
+    operator = ThickSlices((12, 5, 7), 1.0, 3.0, spacing_mm=2.5, profile=profile, dtype=dtype)
+    x, y = _random(*operator.domain.shape, dtype=dtype), _random(*operator.range.shape, seed=1, dtype=dtype)
+    assert operator.range.shape == (5, 5, 7)
+    check_adjoint(operator, operator.adjoint, x, y)
+    testing.check_adjoint(operator)
+    assert _gap(operator.normal(x), operator.adjoint(operator(x))) < 1e-6
+    assert _gap(operator.residual(x, y), operator.adjoint(y - operator(x))) < 1e-6
+    assert _gap(operator(torch.stack([x, 2 * x]))[1], 2 * operator(x)) < 1e-6
+    level = torch.full((12, 5, 7), 2.0, dtype=dtype)
+    assert _gap(operator(level), torch.full((5, 5, 7), 2.0, dtype=dtype)) < 1e-6
+    assert _gap(operator.pinv(operator(level)), level) < 1e-6
+    ramp = torch.arange(12.0)[:, None, None].expand(12, 5, 7).to(dtype)
+    assert _gap(operator.pinv(operator(ramp))[2:-2], ramp[2:-2]) < (1e-5 if profile == "box" else 0.02)
+
+
+def test_thick_slices_average_what_they_cover():
+    x = _random(12, 2, 2, dtype=torch.float32)
+    whole = ThickSlices((12, 2, 2), 1.0, 3.0)
+    assert whole.range.shape[0] == 4
+    assert _gap(whole(x), x.reshape(4, 3, 2, 2).mean(1)) < 1e-6
+    half = ThickSlices((12, 2, 2), 1.0, 2.0, count=1, offset_mm=1.0)  # from 0 to 2 mm: half, whole, half
+    assert _gap(half(x)[0], 0.25 * x[0] + 0.5 * x[1] + 0.25 * x[2]) < 1e-6
+    wide = ThickSlices((101, 1, 1), 0.1, 2.0, count=1, offset_mm=5.0, profile="gaussian").weights[0]
+    assert float((wide > 0.5 * wide.max()).sum()) == pytest.approx(20, abs=1)
+
+
+def test_thick_slices_before_a_scanner():
+    scanner = CartesianMRI(MASKS["kx"], _maps())
+    operator = ThickSlices((9, NY, NX), 1.0, 3.0, scanner=scanner)
+    assert operator.range == scanner.range and operator.domain.dtype == torch.complex64
+    x, y = _random(*operator.domain.shape), _random(*operator.range.shape, seed=1)
+    check_adjoint(operator, operator.adjoint, x, y)
+    weights = torch.full((1, 1, 1, 1), 2.0)
+    assert _gap(operator.normal(x, weights), operator.adjoint(weights * operator(x))) < 1e-6
+    assert _gap(operator.residual(x, y, weights), operator.adjoint(weights * (y - operator(x)))) < 1e-5
+    assert operator.pinv(y).shape == (9, NY, NX)
+    assert operator.norm() <= scanner.norm() * 1.01
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"thick_mm": 0.0}, "thick_mm must be positive"),
+        ({"spacing_mm": math.nan}, "spacing_mm must be positive"),
+        ({"profile": "sinc"}, "'box' or 'gaussian'"),
+        ({"count": 5}, "5 slices every 3 mm from 1 mm do not lie within"),
+        ({"offset_mm": -2.0}, "do not lie within"),
+        ({"scanner": CartesianMRI(MASKS["kx"], _maps())}, "the scanner is for"),
+    ],
+)
+def test_bad_thick_slices(options, words):
+    with pytest.raises(ValueError, match=words):
+        ThickSlices((12, 4, 4), 1.0, **{"thick_mm": 3.0, **options})
+    with pytest.raises(ValueError, match="the volume must end in"):
+        ThickSlices((12, 4, 4), 1.0, 3.0)(torch.zeros(11, 4, 4))

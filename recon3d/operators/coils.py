@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recon3d.geometry import Trajectory
+
 __all__ = ["Compressed", "Whitened", "apply_coils", "compress_coils", "noise_covariance", "outer_noise", "prewhiten"]
 
 # samples per coil below which a covariance is mostly chance
@@ -45,14 +47,14 @@ def noise_covariance(noise: Tensor) -> Tensor:
     return rows @ rows.mH / (samples - 1)
 
 
-def outer_noise(kspace: Tensor, mask: Tensor | None = None, share: float = 0.1) -> Tensor:
-    """Samples near the corners of a Cartesian k-space, where noise is all there is in most scans.
+def outer_noise(kspace: Tensor, sampling: Tensor | Trajectory | None = None, share: float = 0.1) -> Tensor:
+    """Samples far from the centre of k-space, where noise is all there is in most scans.
 
     Points that were not sampled, zero in every coil, are skipped.
 
     Args:
-        kspace: [slice, coil, ky, kx] complex.
-        mask: 1 where sampled, broadcast to [slice, ky, kx]; None finds out.
+        kspace: [slice, coil, ky, kx] complex; or [slice, coil, sample] or [coil, sample] with a trajectory.
+        sampling: mask, 1 where sampled, broadcast to [slice, ky, kx]; or the trajectory; None finds the mask itself.
         share: part of the sampled points to take, those furthest from the centre.
 
     Returns:
@@ -61,21 +63,32 @@ def outer_noise(kspace: Tensor, mask: Tensor | None = None, share: float = 0.1) 
     Raises:
         ValueError: wrong shape or share, or nothing is sampled.
     """
-    if kspace.ndim != 4:
-        raise ValueError(f"outer_noise: expected [slice, coil, ky, kx], got {tuple(kspace.shape)}")
     if not 0 < share <= 1:
         raise ValueError(f"outer_noise: share must lie between 0 and 1, got {share}")
-    slices, _, ny, nx = kspace.shape
-    sampled = (kspace != 0).any(1)
-    if mask is not None:
-        sampled &= mask.to(kspace.device).broadcast_to(slices, ny, nx) != 0
-    ky = torch.arange(ny, device=kspace.device, dtype=torch.float64).sub(ny // 2).div(ny).square()
-    kx = torch.arange(nx, device=kspace.device, dtype=torch.float64).sub(nx // 2).div(nx).square()
-    radius = (ky[:, None] + kx).broadcast_to(slices, ny, nx)
-    if not bool(sampled.any()):
+    if isinstance(sampling, Trajectory):
+        if kspace.ndim not in (2, 3) or kspace.shape[-1] != sampling.n_samples:
+            raise ValueError(
+                f"outer_noise: expected [slice, coil, sample] with {sampling.n_samples} samples, "
+                f"got {tuple(kspace.shape)}"
+            )
+        rows = kspace if kspace.ndim == 3 else kspace[None]
+        radius = sampling.points.square().sum(1).to(kspace.device)
+    elif kspace.ndim == 4:
+        rows = kspace.flatten(2)
+        ky, kx = (torch.arange(n, device=kspace.device, dtype=torch.float64) for n in kspace.shape[-2:])
+        radius = ((ky / len(ky) - len(ky) // 2 / len(ky)) ** 2)[:, None] + (kx / len(kx) - len(kx) // 2 / len(kx)) ** 2
+    else:
+        raise ValueError(
+            f"outer_noise: expected [slice, coil, ky, kx], or a trajectory with samples, got {tuple(kspace.shape)}"
+        )
+    sampled = (rows != 0).any(1)
+    if isinstance(sampling, Tensor):
+        sampled &= (sampling.to(kspace.device) != 0).broadcast_to(kspace.shape[0], *kspace.shape[-2:]).flatten(1)
+    distance = radius.flatten().expand(sampled.shape)[sampled]
+    if distance.numel() == 0:
         raise ValueError("outer_noise: no sampled point; every value of the k-space is zero")
-    limit = radius[sampled].quantile(1 - share) if radius[sampled].numel() < 2**24 else _quantile(radius, 1 - share)
-    return kspace.movedim(1, 0)[:, sampled & (radius >= limit)]
+    limit = distance.kthvalue(max(1, math.ceil((1 - share) * distance.numel()))).values
+    return rows.movedim(1, 0)[:, sampled & (radius.flatten() >= limit)]
 
 
 @dataclass(frozen=True)
@@ -202,8 +215,3 @@ def _fixed_phase(vectors: Tensor) -> Tensor:
     """Columns turned so that their largest entry is real and positive: eigenvectors leave the phase open."""
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return vectors * (largest.conj() / largest.abs())
-
-
-def _quantile(x: Tensor, q: float) -> Tensor:
-    rank = max(1, math.ceil(q * x.numel()))
-    return x.flatten().kthvalue(rank).values

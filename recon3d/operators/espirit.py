@@ -13,13 +13,17 @@ power iterations start from the maps on a grid of every fourth pixel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from recon3d.operators.fourier import centred_ifft
+from recon3d.geometry import Trajectory
+from recon3d.operators.fourier import centred_fft, centred_ifft
+from recon3d.ops.cg import solve
+from recon3d.ops.nufft import nufft_adjoint, nufft_normal, nufft_plan
 
-__all__ = ["calibration_region", "espirit"]
+__all__ = ["calibration_region", "espirit", "gridded_calibration"]
 
 # of the grid where power iterations start from scratch, in pixels
 _COARSE = 4
@@ -114,6 +118,77 @@ def calibration_region(kspace: Tensor, size: int | tuple[int, int] = 24) -> Tens
     h, w = best
     y, x = wy // 2 - h // 2, wx // 2 - w // 2
     return box[..., y : y + h, x : x + w]
+
+
+def gridded_calibration(
+    kspace: Tensor, trajectory: Trajectory | Sequence[Trajectory], size: int = 24, iterations: int = 12
+) -> Tensor:
+    """The centre of a non-Cartesian k-space on Cartesian points, for espirit(region, shape=...).
+
+    Least squares on a small grid of the same field of view, from the samples inside the centre alone.
+
+    Args:
+        kspace: [slice, coil, sample] complex; or [coil, sample] of a trajectory in space.
+        trajectory: one for all slices, or one per slice.
+        size: points along each axis.
+        iterations: of conjugate gradients.
+
+    Returns:
+        [slice, coil, size, size]. For a trajectory in space z is transformed back, so that every slice of the volume
+        has a region of its own.
+
+    Raises:
+        ValueError: shapes that do not fit, or fewer samples in the centre than points.
+    """
+    given = (trajectory,) if isinstance(trajectory, Trajectory) else tuple(trajectory)
+    spatial = given[0].ndim == 3
+    rows = kspace[None] if spatial and kspace.ndim == 2 else kspace
+    if rows.ndim != 3 or rows.shape[-1] != given[0].n_samples or len(given) not in (1, rows.shape[0]):
+        raise ValueError(
+            f"gridded_calibration: expected [slice, coil, sample] with {given[0].n_samples} samples and one trajectory "
+            f"or one per slice, got {tuple(kspace.shape)} and {len(given)}"
+        )
+    if len(given) == 1:
+        region = _gridded(rows, given[0], size, iterations)
+    else:
+        parts = [_gridded(rows[k : k + 1], t, size, iterations) for k, t in enumerate(given)]
+        region = torch.cat(parts)
+    return _hybrid(region[0], given[0].shape[0]) if spatial else region
+
+
+def _gridded(rows: Tensor, trajectory: Trajectory, size: int, iterations: int) -> Tensor:
+    index = trajectory.as_unit("index")
+    # points of the region and what leaks into them
+    inside = (index.abs() <= size / 2 + 0.5).all(1)
+    count, points = int(inside.sum()), size**trajectory.ndim
+    if 2 * count < points:
+        raise ValueError(
+            f"gridded_calibration: {count} samples lie in a centre of {points} points; lower size, or give coil maps"
+        )
+    shape = (_even(1.5 * size),) * trajectory.ndim
+    scale = torch.tensor([2 * math.pi / n for n in shape], dtype=torch.float64)
+    plan = nufft_plan(index[inside] * scale, shape, eps=1e-4).to(rows.device)
+    y = rows[..., inside.to(rows.device)].flatten(0, 1)
+    images = solve(lambda x: nufft_normal(x, plan), nufft_adjoint(y, plan), iterations=iterations, per_slice=True)
+    axes = tuple(range(-trajectory.ndim, 0))
+    region = centred_fft(images, axes)
+    for axis in axes:
+        region = region.narrow(axis, shape[0] // 2 - size // 2, size)
+    return region.reshape(*rows.shape[:2], *region.shape[1:])
+
+
+def _hybrid(region: Tensor, slices: int) -> Tensor:
+    """[coil, kz, ky, kx] of the centre to [slice, coil, ky, kx] of `slices` slices."""
+    size = region.shape[1]
+    z = torch.arange(slices, dtype=torch.float64) - slices // 2
+    k = torch.arange(size, dtype=torch.float64) - size // 2
+    angle = z[:, None] * k * (2 * math.pi / slices)
+    waves = torch.polar(torch.ones_like(angle), angle).to(region.device, region.dtype) / math.sqrt(size)
+    return torch.einsum("zk,ckyx->zcyx", waves, region)
+
+
+def _even(n: float) -> int:
+    return 2 * math.ceil(n / 2)
 
 
 def _lags(region: Tensor, kernel: int, threshold: float) -> Tensor:
