@@ -97,6 +97,18 @@ def test_every_voxel_is_where_the_header_says(tmp_path, seed):
     assert np.allclose(matrix @ [*at, 1], grid.matrix() @ [*there, 1], atol=1e-3)
 
 
+def test_siemens_encodes_with_the_other_sign(tmp_path):
+    """Its image runs against readout and phase encoding, while slices lie where their positions are."""
+    directions, kspace = rotation(5), noise(4, 1, 20, 24)
+    a = stack(kspace, directions=directions)
+    a.write(tmp_path / "a.h5", ismrmrd_header(system="<systemVendor>SIEMENS</systemVendor>"))
+    k = read_kspace(tmp_path / "a.h5")
+    centre = np.array([3.0, -8.0, 12.0])
+    lps = centre - (9 - 6) * 2.0 * directions[0] - (3 - 10) * 1.5 * directions[1] + (3 - 2) * 6.0 * directions[2]
+    assert np.allclose((k.grid.matrix() @ [9, 3, 3, 1])[:3], lps * np.array([-1, -1, 1]), atol=1e-4)
+    assert any("Siemens" in note for note in k.notes)
+
+
 def test_slices_are_put_in_spatial_order(tmp_path):
     """Interleaved: slice 0 lies in the middle."""
     kspace, directions = noise(3, 1, 20, 24), rotation()

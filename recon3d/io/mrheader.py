@@ -45,6 +45,7 @@ class MRHeader:
         trajectory: "cartesian", "radial" and so on.
         calibration: "embedded", "separate" and so on; empty when not stated.
         noise_bandwidth: relative receiver bandwidth of the noise scan; 1 when not stated.
+        vendor: of the scanner; empty when not stated.
         description: vendor, model, field strength, in words.
         encodings: how many encoding spaces the file has; the first is described.
     """
@@ -55,6 +56,7 @@ class MRHeader:
     trajectory: str
     calibration: str
     noise_bandwidth: float
+    vendor: str
     description: str
     encodings: int
 
@@ -117,6 +119,7 @@ def parse_header(path: str | os.PathLike[str], text: str) -> MRHeader:
         (encoding.findtext("trajectory") or "cartesian").strip().lower()[:40],
         (encoding.findtext("parallelImaging/calibrationMode") or "").strip().lower()[:40],
         relative,
+        (words[0] or "").strip()[:60],
         " ".join(w.strip()[:60] for w in words if w and w.strip()),
         len(encodings),
     )

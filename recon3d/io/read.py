@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from recon3d.io.cfl import cfl_pair, describe_cfl, read_cfl
 from recon3d.io.dataexchange import read_data_exchange
 from recon3d.io.fastmri import check_shape, grid_of, read_fastmri, readout_size
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_file
@@ -17,8 +18,12 @@ from recon3d.io.layout import load_npz, read_sinogram_hdf5, read_sinogram_npz
 from recon3d.io.measurement import Measurement, ReadOptions
 from recon3d.io.mrheader import parse_header
 from recon3d.io.nifti import read_nifti_header
+from recon3d.io.twix import describe_twix, is_twix, read_twix
 
-_READ = "Data Exchange, sinograms, fastMRI, ISMRMRD and recon3d's k-space in HDF5, sinograms in npz, and NIfTI are read"
+_READ = (
+    "Data Exchange, sinograms, fastMRI, ISMRMRD and recon3d's k-space in HDF5, sinograms in npz, "
+    "BART's cfl, Siemens twix, and NIfTI are read"
+)
 
 
 def read_measurement(
@@ -69,7 +74,7 @@ def read_projections(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_L
 
 
 def read_kspace(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any) -> KSpace:
-    """k-space from fastMRI, ISMRMRD, or recon3d's own layout in HDF5.
+    """k-space from fastMRI, ISMRMRD or recon3d's layout in HDF5, from a BART pair, or Siemens raw data.
 
     Args:
         path: the file; its content tells the format.
@@ -103,7 +108,11 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         BadInput: the file is of no known format, or damaged.
     """
     kind = _kind(path)
+    if kind == "cfl":
+        return {"path": os.fspath(path), **describe_cfl(path)}
     out: dict[str, Any] = {"path": os.fspath(path), "bytes": check_file(path)}
+    if kind == "twix":
+        return out | describe_twix(path)
     if kind == "nifti":
         header = read_nifti_header(path)
         steps = (header.affine[:3, :3] ** 2).sum(axis=0) ** 0.5
@@ -184,6 +193,10 @@ def _describe_fastmri(path: str | os.PathLike[str], reader: HDF5Reader, tree: Tr
 
 def _read(path: str | os.PathLike[str], options: dict[str, Any], limits: Limits) -> Measurement | KSpace:
     kind = _kind(path)
+    if kind == "cfl":
+        return read_cfl(path, KSpaceOptions.of(options), limits)
+    if kind == "twix":
+        return read_twix(path, KSpaceOptions.of(options), limits)
     if kind == "npz":
         return read_sinogram_npz(path, ReadOptions.of(options), limits)
     if kind == "nifti":
@@ -213,6 +226,8 @@ def _short(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kind(path: str | os.PathLike[str]) -> str:
+    if cfl_pair(path) is not None:
+        return "cfl"
     check_file(path)
     with Path(path).open("rb") as file:
         head = file.read(8)
@@ -223,4 +238,6 @@ def _kind(path: str | os.PathLike[str]) -> str:
     sizes = {int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")}
     if head[:2] == b"\x1f\x8b" or sizes & {348, 540}:
         return "nifti"
+    if is_twix(path):
+        return "twix"
     raise BadInput(path, "is of no known format", _READ)
