@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "reconstruct"]
+__all__ = ["__version__", "reconstruct", "reconstruct_mri"]
 
 if TYPE_CHECKING:
-    from recon3d.api import reconstruct
+    from recon3d.api import reconstruct, reconstruct_mri
 
 
 def __getattr__(name: str) -> Any:
     # torch and the loop are imported when first used, so that the command line answers at once
-    if name == "reconstruct":
-        from recon3d.api import reconstruct
+    if name in ("reconstruct", "reconstruct_mri"):
+        from recon3d import api
 
-        return reconstruct
+        return getattr(api, name)
     raise AttributeError(f"module 'recon3d' has no attribute {name!r}")

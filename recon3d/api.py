@@ -2,13 +2,16 @@
 
 result = recon3d.reconstruct(sinogram, geometry, grid, recipe="ct", prior="ct")
 result.volume   # [z, y, x], 1/mm
+
+result = recon3d.reconstruct_mri(kspace, mask, recipe="mri", prior="mr")
+result.volume   # [z, y, x], complex
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +23,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recon3d.config import ComputeConfig, ConfigError, JobConfig, OutputConfig, save_config, validate
+from recon3d.config import ComputeConfig, ConfigError, JobConfig, OutputConfig, save_config
 from recon3d.engine import plan as planning
 from recon3d.engine.events import Events, Listener
 from recon3d.engine.executor import Executor, ResourceError
@@ -28,15 +31,17 @@ from recon3d.engine.folder import RunFolder, fingerprint, hardware, versions
 from recon3d.engine.job import Schedule, Solved, Timings, solve
 from recon3d.engine.memory import peak_resident_bytes
 from recon3d.engine.problem import Problem, load_problem
-from recon3d.engine.scan import Scan, choose_device, digest
+from recon3d.engine.scan import DEFAULTS, Scan, choose_device, digest, modality_of
 from recon3d.engine.scan_ct import CTScan
+from recon3d.engine.scan_mri import kspace_of, prepare
 from recon3d.geometry import GeometryWarning, ScanGeometry, VolumeGrid
-from recon3d.operators.noise import NoiseModel
+from recon3d.geometry.mri import Trajectory
+from recon3d.operators.noise import GaussianNoise, NoiseModel
 from recon3d.priors.base import Prior
 from recon3d.real_view import real_view
-from recon3d.recipes import Recipe, load_recipe
+from recon3d.recipes import Recipe, load_recipe, recipe_from
 
-__all__ = ["Problem", "Result", "plan_job", "reconstruct", "run_job"]
+__all__ = ["Problem", "Result", "plan_job", "reconstruct", "reconstruct_mri", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Result:
     """A reconstruction.
 
     Attributes:
-        volume: [z, y, x] on the CPU: attenuation in 1/mm for CT.
+        volume: [z, y, x] on the CPU: attenuation in 1/mm for CT, complex in the scanner's unit for MRI.
         grid: its grid.
         timings: where the time went, over all attempts.
         peak_memory_bytes: most resident memory of this process.
@@ -143,6 +148,78 @@ def reconstruct(
     )
 
 
+def reconstruct_mri(
+    kspace: Tensor | NDArray[np.complexfloating],
+    sampling: Tensor | NDArray[Any] | Trajectory | Sequence[Trajectory],
+    maps: Tensor | NDArray[np.complexfloating] | None = None,
+    grid: VolumeGrid | None = None,
+    recipe: str | Recipe = "mri",
+    prior: str | Path | Prior = "mr",
+    *,
+    noise: GaussianNoise | Literal["auto"] | None = "auto",
+    noise_covariance: Tensor | NDArray[np.complexfloating] | None = None,
+    coils: int | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    accept_mismatch: bool = False,
+    folder: str | Path | None = None,
+    schedule: Schedule | None = None,
+    output: OutputConfig | None = None,
+    force: bool = False,
+    listeners: tuple[Listener, ...] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Reconstruct a complex volume from multi-coil k-space.
+
+    Args:
+        kspace: Cartesian [slice, coil, ky, kx] (centre at index N // 2); or samples along a trajectory, [slice, coil,
+            sample] of slices, [coil, sample] of a volume.
+        sampling: Cartesian: 1 where k-space was sampled and 0 elsewhere, [ky, kx], [slice, ky, kx], or [kx] for whole
+            columns. Else one trajectory for all slices, or one a slice.
+        maps: coil maps [slice, coil, y, x], of a volume [coil, z, y, x]; None makes them by ESPIRiT.
+        grid: the volume; None takes the sampling's matrix and voxels of 1 mm.
+        recipe: a packaged recipe ("mri", "dds_mri", ...), a YAML file, or a Recipe.
+        prior: a packaged prior ("mr"), a folder, or any object with `denoise`, `offset` and `scale`; one that does not
+            take complex images gets the real and imaginary parts, in units of the start image's 99.9th percentile.
+        noise: "auto" makes the noise white by the covariance, or by that of the outermost samples; a GaussianNoise
+            (sigma of either part of a sample) says it is white; None weighs nothing.
+        noise_covariance: [coil, coil] of the coils' noise, E[n n^H].
+        coils: compress to so many virtual coils.
+        seed, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop: as in
+            `reconstruct`.
+
+    Returns:
+        The complex volume in the unit of k-space, with timings and its fit to the data.
+
+    Raises:
+        ValueError: shapes disagree, k-space holds NaN, there is no centre for coil maps, or the prior does not fit.
+        NonFiniteError, ResourceError: as `reconstruct`.
+    """
+    found = kspace_of(kspace, sampling, maps, grid, noise_covariance)
+    place = choose_device(device)
+    told: list[str] = []
+    scan = prepare(found, noise=noise, coils=coils, device=place, tell=told.append)
+    problem = Problem(
+        scan=scan,
+        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
+        prior=_prior(prior, place),
+        seed=seed,
+        accept_mismatch=accept_mismatch,
+    )
+    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "noise": repr(scan.noise), "seed": seed}
+    compute = ComputeConfig(batch_size=batch_size, workers=workers)
+    run = None if folder is None else RunFolder(folder)
+    text = yaml.safe_dump(meaning, sort_keys=False)
+    for listener in listeners:
+        for sentence in told:
+            listener({"event": "warning", "time_s": round(time.time(), 3), "message": sentence})
+    return _execute(
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
+    )
+
+
 def run_job(
     config: JobConfig,
     folder: str | Path,
@@ -194,21 +271,26 @@ def plan_job(config: JobConfig, probe: bool = True) -> planning.Plan:
 
 
 def resolve(config: JobConfig) -> JobConfig:
-    """The job with its recipe written out and its paths absolute, so that it means the same anywhere.
+    """The job with recipe and prior chosen, the recipe written out and paths absolute: it means the same anywhere.
 
     Raises:
         ConfigError: no input is given, or the recipe is not known.
+        BadInput: recipe or prior go by the measurement, and it cannot be read.
     """
     if not config.input.path:
         raise ConfigError("no measurement is given; name a file with -i or input.path")
-    recipe = load_recipe(config.recipe) if isinstance(config.recipe, str) else validate(Recipe, config.recipe, "recipe")
     place = Path(config.input.path).absolute()
-    prior = Path(config.prior)
+    raw, prior = config.recipe, config.prior
+    if raw is None or prior is None or (isinstance(raw, dict) and raw.get("like") == "auto"):
+        default_recipe, default_prior = DEFAULTS[modality_of(place)]
+    else:
+        default_recipe, default_prior = "", prior
+    recipe, prior = recipe_from(raw, default_recipe), prior or default_prior
     return config.model_copy(
         update={
             "recipe": recipe.model_dump(mode="json"),
             "input": config.input.model_copy(update={"path": str(place)}),
-            "prior": str(prior.absolute()) if prior.is_dir() else config.prior,
+            "prior": str(Path(prior).absolute()) if Path(prior).is_dir() else prior,
         }
     )
 
@@ -280,12 +362,12 @@ def _fit(scan: Scan, volume: Tensor, depth: int = 8) -> dict[str, Any]:
             per_value = difference.reshape(*y.shape, -1).sum(-1)  # both parts of a complex value
             chi2 += float((per_value * seen.double()).sum())
             used += int((seen > 0).expand_as(y).sum()) * (2 if y.is_complex() else 1)
-    fit = data_fit(np.zeros(1), np.ones(1))["definitions"]
-    return {
-        "relative_residual": (squared / power) ** 0.5 if power > 0 else None,
-        "chi2_per_ray": chi2 / used if used else None,
-        "definitions": fit,
-    }
+    definitions, value = dict(data_fit(np.zeros(1), np.ones(1))["definitions"]), chi2 / used if used else None
+    found = {"relative_residual": (squared / power) ** 0.5 if power > 0 else None}
+    if scan.modality == "ct":
+        return {**found, "chi2_per_ray": value, "definitions": definitions}
+    definitions["chi2_per_sample"] = definitions.pop("chi2_per_ray").replace("rays", "samples' real components")
+    return {**found, "chi2_per_sample": value, "definitions": definitions}
 
 
 def _write_outputs(run: RunFolder, problem: Problem, result: Result, output: OutputConfig) -> None:

@@ -42,32 +42,97 @@ Lengths = Annotated[
 Interval = Annotated[tuple[Annotated[int, Field(ge=0), Strict()], Annotated[int, Field(ge=0), Strict()]], Strict(False)]
 
 
+class UndersampleConfig(_Section):
+    """Leave out samples of a Cartesian scan, to see what fewer would have given."""
+
+    kind: Literal["equispaced", "random", "poisson_disc"] = Field(
+        "equispaced", description="lines at equal distances, lines at random, or points with a distance in both axes"
+    )
+    acceleration: float = Field(4.0, gt=1, description="all points over those kept")
+    centre_fraction: float = Field(0.08, ge=0, le=1, description="part of the lines that is kept around the centre")
+    calibration: int = Field(24, ge=0, description="poisson_disc: side of the square that is kept in the centre")
+    along: Literal["x", "y"] = Field("x", description="lines: axis that loses samples, the phase encoding's")
+    seed: int = Field(0, ge=0, lt=1 << 63)
+
+
 class InputConfig(_Section):
     """The measurement, which part of it is used, and what its file does not say; a value given here wins."""
 
-    path: str = Field("", description="recon3d HDF5, Data Exchange HDF5 or npz")
-    views: int | None = Field(None, ge=1, description="keep this many views, evenly spread; null keeps all")
-    rows: Interval | None = Field(None, description="keep slices [first, end); null keeps all")
+    path: str = Field("", description="line integrals or k-space; the content tells the format")
+    # line integrals
+    views: int | None = Field(None, ge=1, description="CT: keep this many views, evenly spread; null keeps all")
+    rows: Interval | None = Field(None, description="CT: keep slices [first, end); null keeps all")
     type: Literal["parallel", "fan"] | None = None
-    angle_sign: Literal[-1, 1] | None = Field(None, description="sense of rotation")
+    angle_sign: Literal[-1, 1] | None = Field(None, description="CT: sense of rotation")
     detector_spacing_mm: float | None = Field(None, gt=0)
-    detector_offset_mm: float | None = Field(None, description="detector coordinate of the row's middle")
+    detector_offset_mm: float | None = Field(None, description="CT: detector coordinate of the row's middle")
     rotation_centre: float | Literal["estimate"] | None = Field(
-        None, description="detector cell of the rotation axis, from 0; estimate finds it"
+        None, description="CT: detector cell of the rotation axis, from 0; estimate finds it"
     )
     source_to_axis_mm: float | None = Field(None, gt=0)
     source_to_detector_mm: float | None = Field(None, gt=0)
-    photons: float | None = Field(None, gt=0, description="mean count of a ray that meets no object")
+    photons: float | None = Field(None, gt=0, description="CT: mean count of a ray that meets no object")
     unit: Literal["line integrals", "transmission"] | None = None
-    smallest_transmission: float = Field(1e-4, gt=0, lt=1, description="floor before the logarithm")
+    smallest_transmission: float | None = Field(
+        None, gt=0, lt=1, description="CT: floor before the logarithm, 1e-4 unless given"
+    )
+    # k-space
+    slices: Interval | None = Field(None, description="MRI: keep slices [first, end); null keeps all")
+    contrast: int | None = Field(None, ge=0, description="MRI: which of several, from 0; null takes the first")
+    repetition: int | None = Field(None, ge=0, description="MRI: which of several, from 0")
+    phase: int | None = Field(None, ge=0, description="MRI: which of several, from 0")
+    set: int | None = Field(None, ge=0, description="MRI: which of several, from 0")
+    average: int | None = Field(None, ge=0, description="MRI: which of several, from 0; null takes their mean")
+    frames: list[int] | None = Field(None, min_length=1, description="MRI: frames of a series, each as a slice")
+    merge_frames: bool | None = Field(None, description="MRI: one slice from the samples of all chosen frames")
+    crop_readout: bool | None = Field(None, description="MRI: cut an oversampled readout to the image")
+    matrix: list[int] | None = Field(
+        None, min_length=2, max_length=3, description="MRI: image size (y, x) or (z, y, x)"
+    )
+    pixel_mm: list[float] | None = Field(None, min_length=2, max_length=2, description="MRI: pixel size (y, x)")
+    slice_spacing_mm: float | None = Field(None, gt=0, description="MRI: distance of slices")
+    trajectory: str | None = Field(None, description="MRI: file of the trajectory that belongs to the measurement")
+    trajectory_unit: Literal["rad", "cycles", "index"] | None = Field(
+        None, description="MRI: rad or cycles per pixel, or index; null goes by the file, else by the range"
+    )
+    trajectory_order: Literal["xy", "yx"] | None = Field(None, description="MRI: order of a point's coordinates")
+    spokes: int | None = Field(None, ge=1, description="MRI: keep the first so many readouts of a trajectory")
+    undersample: UndersampleConfig | None = Field(None, description="MRI: leave out samples of a Cartesian scan")
+    coils: int | None = Field(None, ge=1, description="MRI: compress to so many virtual coils; null keeps all")
+    maps: Literal["file", "espirit"] | None = Field(
+        None, description="MRI: coil maps; null takes the file's where it has some, else makes them by ESPIRiT"
+    )
+    calibration: int | None = Field(None, ge=8, description="MRI: width of the centre for ESPIRiT, 24 unless given")
 
-    def options(self) -> dict[str, Any]:
-        """What the readers are told."""
-        return {k: v for k, v in self.model_dump().items() if k not in ("path", "views") and v is not None}
+    def options(self, modality: str) -> dict[str, Any]:
+        """What the readers of a modality are told: everything given that they know."""
+        own = _READER_KEYS[modality]
+        return {k: v for k, v in self.model_dump().items() if k in own and v is not None}
+
+    def foreign(self, modality: str) -> list[str]:
+        """Keys that are given and belong to another modality."""
+        others = set().union(*_KEYS.values()) - _KEYS[modality]
+        return [name for name, value in self if name in others and value is not None]
+
+
+_READER_KEYS = {
+    "ct": {
+        "rows", "type", "angle_sign", "detector_spacing_mm", "detector_offset_mm", "rotation_centre",
+        "source_to_axis_mm", "source_to_detector_mm", "photons", "unit", "smallest_transmission",
+    },
+    "mri": {
+        "slices", "contrast", "repetition", "phase", "set", "average", "frames", "merge_frames", "crop_readout",
+        "matrix", "pixel_mm", "slice_spacing_mm", "trajectory", "trajectory_unit", "trajectory_order",
+    },
+}  # fmt: skip
+_KEYS = {
+    "ct": _READER_KEYS["ct"] | {"views"},
+    "mri": _READER_KEYS["mri"] | {"spokes", "undersample", "coils", "maps", "calibration"},
+}
 
 
 class GridConfig(_Section):
-    """The volume; null takes what the file says, else the detector's cell size at the rotation axis."""
+    """The volume of a CT scan; null takes what the file says, else the detector's cell size at the rotation axis."""
 
     shape: Shape | None = Field(None, description="voxels along z, y, x")
     spacing_mm: Lengths | None = Field(None, description="voxel size along z, y, x")
@@ -77,9 +142,12 @@ class NoiseConfig(_Section):
     """How the measurement scatters; it sets the weights of the data term."""
 
     kind: Literal["auto", "none", "gaussian", "poisson"] = Field(
-        "auto", description="auto takes the file's weights, its photons, or a spread read off the rays"
+        "auto",
+        description="auto takes what the file says (weights, photons, noise covariance), or a spread read off the data",
     )
-    sigma: float | None = Field(None, gt=0, description="gaussian: standard deviation of a line integral")
+    sigma: float | None = Field(
+        None, gt=0, description="gaussian: standard deviation of a line integral, or of either part of a k-space sample"
+    )
     photons: float | None = Field(None, gt=0, description="poisson: mean count of a ray that meets no object")
 
     @model_validator(mode="after")
@@ -111,9 +179,11 @@ class CheckpointConfig(_Section):
 class OutputConfig(_Section):
     """What is written."""
 
-    unit: Literal["hu", "per_mm"] = Field("hu", description="HU, or attenuation in 1/mm")
-    mu_water_per_mm: float = Field(0.0193, gt=0, description="attenuation of water, for HU")
-    preview: bool = Field(True, description="write preview.png, with a filtered back projection beside")
+    unit: Literal["hu", "per_mm"] | None = Field(None, description="CT: HU unless given, or attenuation in 1/mm")
+    mu_water_per_mm: float | None = Field(
+        None, gt=0, description="CT: attenuation of water for HU, 0.0193 unless given"
+    )
+    preview: bool = Field(True, description="write preview.png, with the scanner's direct image beside")
 
 
 class JobConfig(_Section):
@@ -123,8 +193,16 @@ class JobConfig(_Section):
     grid: GridConfig = GridConfig()
     noise: NoiseConfig = NoiseConfig()
     projector: Literal["joseph", "shear"] = "joseph"
-    recipe: str | dict[str, Any] = Field("ct", description="a packaged recipe, a YAML file, or the recipe itself")
-    prior: str = Field("ct", description="a packaged prior or a folder with card.json and model.safetensors")
+    recipe: str | dict[str, Any] | None = Field(
+        None,
+        description="a packaged recipe, a YAML file, or the recipe itself (with a key `like`: changes to that recipe); "
+        "null takes ct or mri by the measurement",
+    )
+    prior: str | None = Field(
+        None,
+        description="a packaged prior or a folder with card.json and model.safetensors; null takes ct or mr by the "
+        "measurement",
+    )
     accept_mismatch: bool = Field(
         False, description="use the prior on spacings and noise levels it was not trained on, with a warning"
     )
@@ -256,10 +334,12 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for depth, name in enumerate(parents):
         inner = raw.setdefault(name, {})
-        if name == "recipe" and depth == 0 and not isinstance(inner, dict):
+        if inner is None:  # a section that is null in the file
+            inner = raw[name] = {}
+        if name == "recipe" and depth == 0 and isinstance(inner, (str, int)):
             inner = raw[name] = _recipe_as_data(inner)
         elif name == "recipe" and depth == 0 and not inner:
-            inner = raw[name] = _recipe_as_data(str(JobConfig.model_fields["recipe"].default))
+            inner = raw[name] = {"like": "auto"}  # the default's, which the measurement decides
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {key}: {'.'.join(parents[: depth + 1])} is a value, it has no keys")
         raw = inner

@@ -3,7 +3,7 @@
 config.resolved.yaml   the job with every default written out
 events.jsonl           what happened, one line each
 checkpoint/            the state of an unfinished run; removed once the run is complete
-volume.nii.gz, preview.png, metrics.json
+volume.nii.gz (and phase.nii.gz of complex images), preview.png, metrics.json
 manifest.json          written last: the run is complete when it exists, and only then
 """
 
@@ -25,7 +25,7 @@ from recon3d.engine.checkpoint import Checkpoint, disk_errors, locked, sha256_fi
 from recon3d.engine.events import Events, Listener
 
 MANIFEST, CONFIG, EVENTS, CHECKPOINT = "manifest.json", "config.resolved.yaml", "events.jsonl", "checkpoint"
-OUTPUTS = ("volume.nii.gz", "preview.png", "metrics.json")
+OUTPUTS = ("volume.nii.gz", "phase.nii.gz", "preview.png", "metrics.json")
 
 Status = Literal["new", "unfinished", "complete"]
 

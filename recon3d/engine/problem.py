@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from recon3d.config import JobConfig, validate
+from recon3d.config import ConfigError, JobConfig, validate
 from recon3d.engine.clock import Timed
 from recon3d.engine.events import Events
 from recon3d.engine.scan import Scan, load_scan
@@ -53,7 +53,7 @@ class Problem:
         card = getattr(self.prior, "card", None)
         if card is not None:
             mismatches = [
-                self.scan.prior_mismatch(self.prior),
+                self.scan.prior_mismatch(card),
                 check_plane(card, "axial", self.scan.grid.pixel_mm),
                 self._check_sigma(),
             ]
@@ -115,6 +115,8 @@ def load_problem(config: JobConfig, events: Events) -> Problem:
     from recon3d.engine.checkpoint import sha256_file
     from recon3d.priors import find_prior, load_prior
 
+    if config.prior is None:
+        raise ConfigError("prior: none is named; resolve the job first")
     folder = find_prior(config.prior)
     scan = load_scan(config, events)
     weights = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors")]

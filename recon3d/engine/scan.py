@@ -23,15 +23,18 @@ from recon3d.config import ConfigError, JobConfig, OutputConfig
 from recon3d.geometry import VolumeGrid
 from recon3d.operators.base import LinearOperator
 from recon3d.operators.noise import NoiseModel
-from recon3d.priors.base import Prior
+from recon3d.priors.base import ModelCard, Prior
 from recon3d.recipes.model import Recipe
 
 if TYPE_CHECKING:
     from recon3d.engine.events import Events
 
-__all__ = ["Modality", "Pictures", "Scan", "choose_device", "load_scan"]
+__all__ = ["DEFAULTS", "Modality", "Pictures", "Scan", "choose_device", "load_scan", "modality_of"]
 
 Modality = Literal["ct", "mri"]
+
+# recipe and prior of a job that names none
+DEFAULTS: dict[Modality, tuple[str, str]] = {"ct": ("ct", "ct"), "mri": ("mri", "mr")}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Scan(ABC):
     """
 
     modality: ClassVar[Modality]
+    unit: ClassVar[str]  # of the volume
     keeps_start: ClassVar[bool] = False  # whether `fit` gives a start image
 
     y: Tensor
@@ -105,9 +109,11 @@ class Scan(ABC):
         """
         return prior, None
 
-    def prior_mismatch(self, prior: Prior) -> str | None:
-        """One sentence when the prior is for other images than this scan's, beyond its plane and spacing."""
-        return None
+    def prior_mismatch(self, card: ModelCard) -> str | None:
+        """One sentence when a prior is for other images than this scan's, beyond its plane and spacing."""
+        if card.unit in (self.unit, "a.u."):
+            return None
+        return f"prior {card.name!r} was trained on images in {card.unit}, this scan's are in {self.unit}"
 
     @abstractmethod
     def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:
@@ -156,6 +162,17 @@ def digest(tensor: Tensor) -> str:
     ).hexdigest()
 
 
+def modality_of(path: str | Path) -> Modality:
+    """What kind of measurement a file holds, from its headers.
+
+    Raises:
+        BadInput: it is of no known format, or damaged.
+    """
+    from recon3d.io import describe
+
+    return "mri" if "coils" in describe(path) else "ct"
+
+
 def load_scan(config: JobConfig, events: Events) -> Scan:
     """Read the measurement that a job names, with the volume and the noise it asks for.
 
@@ -163,19 +180,40 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
         BadInput: the measurement cannot be used.
         ConfigError: a setting does not fit it, or none is named.
     """
-    from recon3d.engine import scan_ct
+    from recon3d.engine import scan_ct, scan_mri
     from recon3d.engine.checkpoint import sha256_file
-    from recon3d.io import read_projections
+    from recon3d.io import KSpace, read_measurement
 
     if not config.input.path:
         raise ConfigError("no measurement is given; name a file with -i or input.path")
     device = choose_device(config.compute.device)
     path = Path(config.input.path)
-    measured = read_projections(path, **config.input.options())
+    modality = modality_of(path)
+    refuse_foreign(config, modality)
+    measured = read_measurement(path, **config.input.options(modality))
     for sentence in measured.notes:
         events.emit("warning", message=sentence)
-    scan = scan_ct.load(config, measured, device, events)
-    return replace(scan, files={str(path): sha256_file(path)})
+    scan: Scan
+    if isinstance(measured, KSpace):
+        scan = scan_mri.load(config, measured, device, events)
+    else:
+        scan = scan_ct.load(config, measured, device, events)
+    return replace(scan, files={str(path): sha256_file(path)} if path.is_file() else {})
+
+
+def refuse_foreign(config: JobConfig, modality: Modality) -> None:
+    """Raise ConfigError when a job sets what has no meaning for its measurement."""
+    kinds = {"ct": "line integrals of a CT scan", "mri": "k-space of an MRI scan"}
+    found = [f"input.{name}" for name in config.input.foreign(modality)]
+    if modality == "mri":
+        found += [f"grid.{name}" for name, value in config.grid if value is not None]
+        found += [f"output.{name}" for name in ("unit", "mu_water_per_mm") if getattr(config.output, name) is not None]
+        found += ["noise.photons"] if config.noise.photons is not None else []
+    if found:
+        has, them = ("these have", "them") if len(found) > 1 else ("this has", "it")
+        raise ConfigError(
+            f"{', '.join(found)}: {config.input.path} holds {kinds[modality]}, where {has} no meaning; leave {them} out"
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -14,8 +14,10 @@ from recon3d.config import ConfigError, GridConfig, JobConfig, OutputConfig
 from recon3d.engine.executor import finite
 from recon3d.engine.scan import Modality, Pictures, Scan
 from recon3d.geometry import GeometryWarning, ScanGeometry, VolumeGrid
+from recon3d.io.units import MU_WATER_PER_MM
 from recon3d.operators.ct import CTOperator
 from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise, estimate_noise
+from recon3d.priors.base import ModelCard
 
 if TYPE_CHECKING:
     from recon3d.engine.events import Events
@@ -55,6 +57,7 @@ class CTScan(Scan):
     """
 
     modality: ClassVar[Modality] = "ct"
+    unit: ClassVar[str] = "1/mm"
 
     geometry: ScanGeometry
     projector: Literal["joseph", "shear"] = "joseph"
@@ -86,6 +89,11 @@ class CTScan(Scan):
 
     def _setting(self) -> list[Any]:
         return [type(self.geometry).__name__, asdict(self.geometry)]
+
+    def prior_mismatch(self, card: ModelCard) -> str | None:
+        if card.channels != 1:
+            return f"prior {card.name!r} is for images of {card.channels} channels, those of CT have one"
+        return super().prior_mismatch(card)
 
     def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:
         direct = self.operator().pinv(self.y.to(self.device)).cpu()
@@ -143,7 +151,7 @@ def load(config: JobConfig, measured: Measurement, device: torch.device, events:
 
 
 def _unit(output: OutputConfig) -> dict[str, Any]:
-    return {"unit": output.unit, "mu_water_per_mm": output.mu_water_per_mm}
+    return {"unit": output.unit or "hu", "mu_water_per_mm": output.mu_water_per_mm or MU_WATER_PER_MM}
 
 
 def _noise(config: JobConfig, measured: Measurement, events: Events) -> NoiseModel | None:

@@ -6,6 +6,6 @@ The values are the corrected ones; `published` lists, key by key, what the publi
 `compat: published` puts those values in.
 """
 
-from recon3d.recipes.model import Recipe, load_recipe, recipe_names, recipe_schema
+from recon3d.recipes.model import Recipe, load_recipe, recipe_from, recipe_names, recipe_schema
 
-__all__ = ["Recipe", "load_recipe", "recipe_names", "recipe_schema"]
+__all__ = ["Recipe", "load_recipe", "recipe_from", "recipe_names", "recipe_schema"]

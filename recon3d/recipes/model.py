@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recon3d.config import ConfigError, parse_yaml, read_yaml, validate
 
-__all__ = ["Recipe", "load_recipe", "recipe_names", "recipe_schema"]
+__all__ = ["Recipe", "load_recipe", "recipe_from", "recipe_names", "recipe_schema"]
 
 
 class _Section(BaseModel):
@@ -112,8 +112,10 @@ class RenoiseSection(_Section):
     prior_std: float | None = Field(None, gt=0, description="ancestral prior, full: spread of pixels, network units")
     direction: Literal["network", "corrected"] = Field("network", description="estimate that tells the old noise")
     snr: float = Field(0.16, gt=0, description="correctors: signal-to-noise ratio")
-    norms: Literal["slice", "expected", "volume"] = Field(
-        "slice", description="correctors: step length from norms per slice, from sigma alone, or from mean norms"
+    norms: Literal["slice", "part", "expected", "volume"] = Field(
+        "slice",
+        description="correctors: step length from norms per slice, per real and imaginary part of a slice, from sigma "
+        "alone, or from mean norms",
     )
 
     @model_validator(mode="after")
@@ -227,6 +229,39 @@ def load_recipe(source: str | Path, overrides: dict[str, Any] | None = None) -> 
                 raise ConfigError(f"{key}: {section} is a value, it has no keys")
         inner[last] = value
     return validate(Recipe, raw, f"recipe {text}")
+
+
+def recipe_from(raw: str | dict[str, Any] | None, default: str) -> Recipe:
+    """The recipe that a job file means.
+
+    Args:
+        raw: a name or YAML file; a whole recipe; changes to the recipe that the key `like` names, which "auto" leaves
+            to the default; None for the default.
+        default: the recipe of the measurement's modality.
+
+    Raises:
+        recon3d.config.ConfigError: as load_recipe.
+    """
+    if raw is None:
+        return load_recipe(default)
+    if isinstance(raw, str):
+        return load_recipe(raw)
+    if "like" not in raw:
+        return validate(Recipe, raw, "recipe")
+    base = default if raw["like"] == "auto" else str(raw["like"])
+    changes = {key: value for key, value in raw.items() if key != "like"}
+    return validate(Recipe, _merged(load_recipe(base).model_dump(mode="json"), changes), f"recipe like {base}")
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        inner = out.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict) and key != "published":
+            out[key] = _merged(inner, value)
+        else:
+            out[key] = value
+    return out
 
 
 def recipe_schema() -> dict[str, Any]:

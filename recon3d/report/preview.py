@@ -31,7 +31,7 @@ def preview(
     reference: Tensor | NDArray[np.floating] | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     *,
-    unit: Literal["hu", "per_mm"] = "hu",
+    unit: Literal["hu", "per_mm", "au"] = "hu",
     window: tuple[float, float] | None = None,
     at: tuple[int, int, int] | None = None,
     errors: bool = True,
@@ -42,13 +42,13 @@ def preview(
 
     Args:
         path: the picture.
-        volumes: by the method's name, [z, y, x] in 1/mm, in the order of the columns.
+        volumes: by the method's name, [z, y, x] in 1/mm (or "au"), in the order of the columns.
         grid: grid of all of them; its spacing gives the proportions.
-        reference: shown first if given, [z, y, x] in 1/mm.
+        reference: shown first if given, [z, y, x], in the unit of the volumes.
         metrics: by the method's name, what `recon3d.metrics.compare` returns; PSNR and SSIM stand over each plane.
-        unit: what the grey scale is in: "hu", or "per_mm" for objects that are not patients.
-        window: darkest and brightest value in that unit; None takes a lung or a soft-tissue window by content, or the
-            percentiles 0.5 and 99.5 for "per_mm".
+        unit: what the grey scale is in: "hu", "per_mm" for objects that are not patients, "au" for magnitudes of MRI.
+        window: darkest and brightest value in that unit; None takes a lung or a soft-tissue window by content, the
+            percentiles 0.5 and 99.5 for "per_mm", 0 and the percentile 99.5 for "au".
         at: voxel (z, y, x) the planes pass through; None takes the middle.
         errors: with a reference, adds a row of axial errors.
         title: a line on top.
@@ -63,8 +63,8 @@ def preview(
 
     if not volumes:
         raise ValueError("preview: at least one volume is needed")
-    if unit not in ("hu", "per_mm"):
-        raise ValueError(f"preview: unit must be 'hu' or 'per_mm', got {unit!r}")
+    if unit not in ("hu", "per_mm", "au"):
+        raise ValueError(f"preview: unit must be 'hu', 'per_mm' or 'au', got {unit!r}")
     panels = {"reference": reference, **volumes} if reference is not None else dict(volumes)
     shown = {name: _values(name, volume, grid, unit, mu_water_per_mm) for name, volume in panels.items()}
     point = at if at is not None else tuple(n // 2 for n in grid.shape)
@@ -91,7 +91,7 @@ def preview(
             caption = _caption(name, plane, metrics)
             axes[row][column].set_title(f"{name}\n{caption}" if row == 0 else caption, fontsize=8)
         axes[row][0].set_ylabel(plane, fontsize=8)
-    label = "HU" if unit == "hu" else "1/mm"
+    label = {"hu": "HU", "per_mm": "1/mm", "au": "a.u."}[unit]
     _bar(figure, axes[0][-1].images[0], list(axes[: len(planes), -1]), label)
     if with_errors:
         limit = _ERROR_HU if unit == "hu" else (high - low) / 4
@@ -127,6 +127,7 @@ def _window(values: NDArray[np.float32], unit: str) -> tuple[float, float]:
         lung = inside.size > 0 and float(((inside > -950) & (inside < -600)).mean()) > 0.08
         return _LUNG if lung else _SOFT_TISSUE
     low, high = np.percentile(values, (0.5, 99.5))
+    low = 0.0 if unit == "au" else low
     return float(low), float(max(high, low + 1e-6))
 
 
