@@ -258,7 +258,7 @@ def prepare(
     level: GaussianNoise | None = None if noise == "auto" else noise
     if noise == "auto":
         y, given, level = _whitened(kspace, y, given, tell)
-    if coils is not None and coils < kspace.n_coils:
+    if coils is not None and coils != kspace.n_coils:
         packed = compress_coils(y, coils)
         y = packed.kspace
         if given is not None:
