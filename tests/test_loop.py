@@ -55,6 +55,7 @@ def a_job(recipe="dds_tv", seed=7, depth=DEPTH, **overrides):
 SMALL = {
     "posterior": {"trajectory__levels": 3, "trajectory__inner": 2},
     "diffusionmbir": {"trajectory__levels": 4},
+    "score_mri": {"trajectory__levels": 4},
 }
 
 

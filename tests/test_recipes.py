@@ -12,7 +12,8 @@ from recon3d.recipes import Recipe, load_recipe, recipe_names, recipe_schema
 
 
 def test_the_packaged_recipes():
-    assert recipe_names() == ["ct", "dds", "dds_iscs", "dds_tv", "diffusionmbir", "posterior"]
+    ct = {"ct", "dds", "dds_iscs", "dds_tv", "diffusionmbir"}
+    assert set(recipe_names()) == ct | {"mri", "ddnm_mri", "dds_mri", "dds_mri_tv", "score_mri", "posterior"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -22,8 +23,8 @@ def test_a_recipe_says_where_it_comes_from(name):
     assert recipe.compat == "corrected"
     if recipe.published:
         assert recipe.provenance.arxiv and len(recipe.provenance.differs) > 100
-    elif name != "ct":
-        assert name == "posterior"
+    else:
+        assert name in ("ct", "mri", "posterior")
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -88,7 +89,7 @@ def test_a_mistake_gets_one_sentence(overrides, message):
 
 
 def test_unknown_recipe():
-    with pytest.raises(ConfigError, match="not one of ct, dds"):
+    with pytest.raises(ConfigError, match="not one of ct, ddnm_mri, dds"):
         load_recipe("ddss")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe("/nowhere/mine.yaml")
