@@ -24,6 +24,8 @@ from recon3d.ops import _library
 __all__ = ["SenseMaps", "pack_maps", "sense_normal", "sense_toeplitz"]
 
 CHUNK = 8
+# complex numbers of a line that the CUDA kernels hold in shared memory
+_CUDA_LINE = {torch.complex64: 3072, torch.complex128: 1536}
 _REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 
 
@@ -95,7 +97,8 @@ def sense_normal(x: Tensor, maps: SenseMaps | Tensor, mask: Tensor) -> Tensor:
         ValueError: a shape that does not fit, or a gradient asked for with respect to maps or mask.
         TypeError: x is not complex, or dtypes or devices differ.
 
-    Kernels: torch (any device), C++ (CPU), CUDA. A slice's result does not depend on its neighbours or on threads.
+    Kernels: torch (any device), C++ (CPU), CUDA (sizes with factors up to 7; others run in torch). A slice's result
+    does not depend on its neighbours or on threads.
 
     >>> image, maps = torch.ones(1, 2, 4, dtype=torch.complex64), torch.ones(1, 3, 2, 4, dtype=torch.complex64)
     >>> sense_normal(image, maps, torch.ones(4)).real.tolist()
@@ -110,14 +113,16 @@ def sense_normal(x: Tensor, maps: SenseMaps | Tensor, mask: Tensor) -> Tensor:
             f"sense_normal: mask must be [kx], [ky, kx] or [z, ky, kx] with sizes 1 or {(z, ny, nx)}, "
             f"got {tuple(mask.shape)}"
         )
+    ops = torch.ops.recon3d
     weights = _compact(mask.detach().reshape(*[1] * (3 - mask.ndim), *mask.shape)).to(_REAL[x.dtype])
     _library.ensure()
     if weights.shape[1] == 1 or weights.shape[2] == 1:
         along_y = weights.shape[1] > 1
         line = torch.fft.ifftshift(weights.flatten(1), 1).expand(-1, ny if along_y else nx)
-        return torch.ops.recon3d.sense_lines(x, packed.packed(along_y), line.contiguous(), packed.coils, along_y)
-    plane = torch.fft.ifftshift(weights, (1, 2))
-    return torch.ops.recon3d.sense_planes(x, packed.packed(), plane, packed.coils)
+        # lengths without a CUDA kernel: the definition runs there, on the device and differentiable as it stands
+        lines = _lines_reference if x.is_cuda and not serves_cuda(line.shape[1], x.dtype) else ops.sense_lines
+        return lines(x, packed.packed(along_y), line.contiguous(), packed.coils, along_y)
+    return _planes(x, packed, torch.fft.ifftshift(weights, (1, 2)))
 
 
 def sense_toeplitz(x: Tensor, maps: SenseMaps | Tensor, kernel: Tensor) -> Tensor:
@@ -136,7 +141,8 @@ def sense_toeplitz(x: Tensor, maps: SenseMaps | Tensor, kernel: Tensor) -> Tenso
         ValueError: a shape that does not fit, or a gradient asked for with respect to maps or kernel.
         TypeError: x is not complex, or dtypes or devices differ.
 
-    Kernels: torch (any device), C++ (CPU), CUDA. A slice's result does not depend on its neighbours or on threads.
+    Kernels: torch (any device), C++ (CPU), CUDA (sizes with factors up to 7; others run in torch). A slice's result
+    does not depend on its neighbours or on threads.
     """
     packed = _check("sense_toeplitz", x, maps, kernel=kernel)
     z, ny, nx = x.shape
@@ -147,7 +153,24 @@ def sense_toeplitz(x: Tensor, maps: SenseMaps | Tensor, kernel: Tensor) -> Tenso
         )
     weights = kernel.detach().reshape(-1, 2 * ny, 2 * nx).to(_REAL[x.dtype])
     _library.ensure()
-    return torch.ops.recon3d.sense_planes(x, packed.packed(), weights, packed.coils)
+    return _planes(x, packed, weights)
+
+
+def serves_cuda(n: int, dtype: torch.dtype) -> bool:
+    """Whether lines of n elements have a CUDA kernel: factors up to 7, and short enough for shared memory."""
+    if not 0 < n <= _CUDA_LINE[dtype]:
+        return False
+    for prime in (2, 3, 5, 7):
+        while n % prime == 0:
+            n //= prime
+    return n == 1
+
+
+def _planes(x: Tensor, packed: SenseMaps, weights: Tensor) -> Tensor:
+    if x.is_cuda and not all(serves_cuda(n, x.dtype) for n in x.shape[1:]):
+        return _planes_reference(x, packed.packed(), weights, packed.coils)
+    out: Tensor = torch.ops.recon3d.sense_planes(x, packed.packed(), weights, packed.coils)
+    return out
 
 
 def _check(op: str, x: Tensor, maps: SenseMaps | Tensor, **weights: Tensor) -> SenseMaps:
