@@ -13,6 +13,7 @@ from recon3d.geometry.mri import kooshball, radial, spiral
 from recon3d.operators import (
     CartesianMRI,
     NonCartesianMRI,
+    OffResonance,
     ThickSlices,
     centred_fft,
     centred_ifft,
@@ -402,3 +403,39 @@ def test_bad_thick_slices(options, words):
         ThickSlices((12, 4, 4), 1.0, **{"thick_mm": 3.0, **options})
     with pytest.raises(ValueError, match="the volume must end in"):
         ThickSlices((12, 4, 4), 1.0, 3.0)(torch.zeros(11, 4, 4))
+
+
+def test_off_resonance_is_the_written_sum():
+    tau = torch.linspace(0, 0.02, 180, dtype=torch.float64)
+    field = 60 * torch.sin(torch.linspace(-2, 2, SLICES * math.prod(PLANE))).reshape(SLICES, *PLANE)
+    scanner = _non_cartesian("plane", eps=1e-5)
+    operator = OffResonance(scanner, field, tau)
+    assert 3 <= operator.segments <= 12
+    x, y = _random(*operator.domain.shape), _random(*operator.range.shape, seed=1)
+    matrix = _exact(scanner.trajectories[0].points, PLANE)
+    images = (scanner.maps * x[:, None]).flatten(2).to(torch.complex128)
+    phase = torch.exp(-2j * math.pi * tau[:, None] * field.double().flatten(1)[:, None])  # [slice, sample, pixel]
+    want = torch.einsum("scp,smp->scm", images, matrix * phase)
+    assert _gap(operator(x), want) < 2e-3
+    check_adjoint(operator, operator.adjoint, x, y)
+    check_linear(operator, x, _random(*operator.domain.shape, seed=2))
+    even = OffResonance(scanner, torch.zeros_like(field), tau)
+    assert even.segments == 1 and _gap(even(x), scanner(x)) < 1e-6
+    assert _gap(even.pinv(y), scanner.pinv(y)) < 1e-6
+    assert OffResonance(scanner, field, tau, segments=2).segments == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "times", "options", "words"),
+    [
+        (torch.zeros(1, *PLANE), torch.zeros(180), {}, "the field map is"),
+        (torch.zeros(SLICES, *PLANE), torch.zeros(179), {}, "180 sample times"),
+        (torch.full((SLICES, *PLANE), math.nan), torch.zeros(180), {}, "NaN"),
+        (torch.zeros(SLICES, *PLANE), torch.zeros(180), {"segments": 0}, "segments are possible"),
+        (torch.zeros(SLICES, *PLANE), torch.zeros(180), {"error": 0.0}, "error must be positive"),
+        (1e5 * torch.rand(SLICES, *PLANE), torch.linspace(0, 1, 180), {}, "split the readout"),
+    ],
+)
+def test_bad_off_resonance(field, times, options, words):
+    with pytest.raises(ValueError, match=words):
+        OffResonance(_non_cartesian("plane"), field, times, **options)

@@ -7,6 +7,7 @@ from recon3d.operators.espirit import calibration_region, espirit, gridded_calib
 from recon3d.operators.fourier import centred_fft, centred_ifft, decouple_readout, decouple_stack
 from recon3d.operators.mri import CartesianMRI, MRIOperator, NonCartesianMRI
 from recon3d.operators.noise import GaussianNoise, NoiseModel, PoissonNoise, estimate_noise
+from recon3d.operators.off_resonance import OffResonance
 from recon3d.operators.simulate import simulate_ct
 from recon3d.operators.simulate_mri import simulate_mri
 from recon3d.operators.thick_slices import ThickSlices
@@ -19,6 +20,7 @@ __all__ = [
     "MRIOperator",
     "NoiseModel",
     "NonCartesianMRI",
+    "OffResonance",
     "PoissonNoise",
     "Space",
     "ThickSlices",
