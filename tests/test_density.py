@@ -8,20 +8,13 @@ import torch
 
 from recon3d.geometry import Trajectory
 from recon3d.geometry.mri import cartesian, kooshball, radial, random, spiral, stack
-from recon3d.ops.density import ramp
+from recon3d.ops.density import density_compensation, pipe_menon, ramp
+from recon3d.ops.nufft import nufft_adjoint, nufft_plan
 from recon3d.testing.phantoms import Ellipse, kspace, rasterise
 
 HEAD = [Ellipse(1.0, 14, 17, 2, -1, 0.3), Ellipse(-0.5, 5, 3, -4, 5, 1.0)]
 INSIDE = [Ellipse(1.0, 11, 13, 2, -1, 0.3)]
 SHAPES = [(48, 48), (49, 49), (40, 56)]
-
-
-def exact_adjoint(y, trajectory):
-    """A^H y by the definition."""
-    (ny, nx), points = trajectory.shape, trajectory.points
-    by_row = torch.exp(1j * torch.outer(torch.arange(ny) - ny // 2, points[:, 0]))
-    by_column = torch.exp(1j * torch.outer(points[:, 1], torch.arange(nx) - nx // 2))
-    return ((by_row * torch.from_numpy(y)) @ by_column).numpy() / math.sqrt(ny * nx)
 
 
 def gridded(weight, trajectory):
@@ -33,7 +26,8 @@ def gridded(weight, trajectory):
     size = np.linalg.norm(truth[inside])
 
     def errors(weights, samples):
-        wrong = (exact_adjoint(weights * kspace(HEAD, samples, (1.0, 1.0)), samples) - truth)[inside]
+        y = torch.from_numpy(weights * kspace(HEAD, samples, (1.0, 1.0)))
+        wrong = (nufft_adjoint(y, nufft_plan(samples.points, shape, eps=1e-6)).numpy() - truth)[inside]
         return wrong.real.mean(), np.linalg.norm(wrong) / size
 
     return *errors(weight.double().numpy(), trajectory), errors(np.ones(math.prod(shape)), cartesian(shape))[1]
@@ -100,3 +94,55 @@ def test_ramp_of_samples_at_the_centre():
 def test_ramp_refuses_what_is_not_radial(make):
     with pytest.raises(ValueError, match="ramp: "):
         ramp(make())
+
+
+ANY = {
+    "radial": lambda: radial(120, 96, (48, 48)),
+    "spiral": lambda: spiral(16, 400, (48, 48)),
+    "spiral-odd": lambda: spiral(20, 300, (47, 49), turns=2),
+    "random": lambda: random(15000, (48, 48)),
+}
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_pipe_menon_is_quantitative(name):
+    trajectory = ANY[name]()
+    weight = pipe_menon(trajectory)
+    assert weight.shape == (trajectory.n_samples,) and weight.dtype == torch.float32 and weight.min() > 0
+    offset, error, cartesian_error = gridded(weight, trajectory)
+    assert abs(offset) < 3e-3
+    assert error < 1.4 * cartesian_error
+
+
+@pytest.mark.parametrize("shape", [(12, 15), (16,), (6, 5, 7)])
+def test_pipe_menon_of_a_full_grid_is_one(shape):
+    assert (pipe_menon(cartesian(shape)) - 1).abs().max() < 2e-2
+
+
+def test_pipe_menon_is_the_area():
+    """Away from the rim it adds up to the areas of the ramp, which know nothing of kernels."""
+    trajectory = radial(150, 64, (32, 32))
+    weight, area = pipe_menon(trajectory), ramp(trajectory)
+    index = trajectory.as_unit("index").norm(dim=1)
+    middle = (index > 2) & (index < 9)  # the kernel feels the rim from two Nyquist cells
+    assert weight[middle].sum().item() == pytest.approx(area[middle].sum().item(), rel=0.01)
+
+
+def test_pipe_menon_of_a_plan():
+    trajectory = radial(20, 32, (16, 16))
+    plan = nufft_plan(trajectory.points, trajectory.shape)
+    assert torch.allclose(pipe_menon(plan), pipe_menon(trajectory), rtol=2e-3)  # a tie at the rim
+    assert torch.equal(density_compensation(plan, iterations=3), pipe_menon(plan, 3))
+    assert torch.equal(density_compensation(trajectory), pipe_menon(trajectory))
+    assert torch.allclose(density_compensation(plan, "ramp"), ramp(trajectory), rtol=1e-4)
+    assert torch.equal(density_compensation(trajectory, "ramp"), ramp(trajectory))
+
+
+def test_bad_calls():
+    trajectory = cartesian((4, 4))
+    for call, message in (
+        (lambda: pipe_menon(trajectory, 0), "iteration"),
+        (lambda: density_compensation(trajectory, "voronoi"), "method"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

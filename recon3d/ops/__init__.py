@@ -1,6 +1,7 @@
 """Fast operators: each is a checked Python function over a torch op with a torch reference and compiled kernels."""
 
 from recon3d.ops.cg import cg_step_
+from recon3d.ops.density import density_compensation
 from recon3d.ops.dot import dot
 from recon3d.ops.fbp import fbp
 from recon3d.ops.philox import NoiseKey, philox4x32, philox_bits, philox_normal
@@ -16,6 +17,7 @@ __all__ = [
     "NoiseKey",
     "SenseMaps",
     "cg_step_",
+    "density_compensation",
     "dot",
     "fbp",
     "pack_maps",

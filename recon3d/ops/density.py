@@ -8,7 +8,7 @@ X(k) = sqrt(prod N) y(k),  x_n = (2 pi)^-d int X(k) e^{ikn} dk ~ A^H (weight * y
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recon3d.geometry import Trajectory
+from recon3d.ops import _library
+from recon3d.ops.nufft_plan import NufftPlan, nufft_plan
 
-__all__ = ["ramp"]
+__all__ = ["density_compensation", "pipe_menon", "ramp"]
 
 Points = NDArray[np.float64]
 
@@ -27,8 +29,78 @@ _SAME_RADIUS = 1e-5
 _SAME_ANGLE = 5e-5
 # Nyquist distances a sample may lie beside its spoke
 _BESIDE = 0.1
+# a kernel 1.7 Nyquist cells to either side, whatever the plan in use. Narrower ones see the gaps of a Cartesian grid
+# (with oversampling 2 and 4 taps its weights are 0.91), wider ones settle more slowly (1 % of offset after 30 rounds)
+_EPS, _OVERSAMPLING = 5e-4, 1.5
 # of the second moments of directions in 3D, which are 1/3
 _UNEVEN = 0.1
+
+
+def density_compensation(
+    samples: Trajectory | NufftPlan, method: Literal["pipe_menon", "ramp"] = "pipe_menon", iterations: int = 30
+) -> Tensor:
+    """Density compensation weights of any trajectory, in Nyquist cells.
+
+    Args:
+        samples: a trajectory, or the plan made of one.
+        method: "pipe_menon" for any trajectory, or "ramp" for spokes through the centre (exact areas, no iterations).
+        iterations: of pipe_menon.
+
+    Returns:
+        [M] float32 in the order of the samples, on the plan's device. Multiply samples by them before nufft_adjoint.
+
+    Raises:
+        ValueError: an unknown method, no iterations, or "ramp" for samples that do not lie on spokes.
+
+    >>> from recon3d.geometry.mri import cartesian
+    >>> density_compensation(cartesian((8, 8))).mean().round(decimals=3).item()
+    1.0
+    """
+    if method == "pipe_menon":
+        return pipe_menon(samples, iterations)
+    if method != "ramp":
+        raise ValueError(f"density_compensation: method must be 'pipe_menon' or 'ramp', got {method!r}")
+    if isinstance(samples, Trajectory):
+        return ramp(samples)
+    return ramp(Trajectory(samples.radians().cpu(), samples.shape)).to(samples.device)
+
+
+def pipe_menon(samples: Trajectory | NufftPlan, iterations: int = 30) -> Tensor:
+    """Weights w that make sum_j w_j K(k_i - k_j) = 1 at every sample, K the NUFFT's kernel correlated with itself.
+
+    Iterates w <- w / (C w) with C w = interpolate(spread(w)), which needs no FFT. K is scaled to unit integral over
+    Nyquist cells, so that w is an area. A sample without neighbours within three Nyquist cells stands for the kernel's
+    own area: between the spokes of an undersampled scan the weights do not fill all of k-space.
+    Source: Pipe and Menon, Magnetic Resonance in Medicine 41 (1999) 179.
+
+    Args:
+        samples: a trajectory, or the plan made of one.
+        iterations: at least one; after 30 a fully sampled image is right to 0.3 %.
+
+    Returns:
+        [M] float32 in the order of the samples, on the plan's device.
+
+    Raises:
+        ValueError: no iterations.
+
+    Kernels: torch (any device), C++ (CPU), CUDA; computed in float64.
+    """
+    if int(iterations) != iterations or iterations < 1:
+        raise ValueError(f"pipe_menon: at least one iteration is needed, got {iterations}")
+    points = samples.radians().cpu() if isinstance(samples, NufftPlan) else samples.points
+    plan = nufft_plan(points, samples.shape, eps=_EPS, oversampling=_OVERSAMPLING)
+    plan = plan.to(samples.device) if isinstance(samples, NufftPlan) else plan
+    _library.ensure()
+    taps = plan.weights(torch.float64)
+    table = (plan.order, plan.first, taps, plan.tiles, plan.grid, plan.tile)
+    # sum of the taps of an axis, the same for every sample to the kernel's error
+    total = math.prod((taps[:, a] if g > 1 else taps[:, a, :1]).sum(1).mean().item() for a, g in enumerate(plan.grid))
+    unit = total**2 * math.prod(plan.shape) / math.prod(plan.grid)
+    weight = torch.ones(1, plan.n_points, dtype=torch.complex128, device=plan.device)
+    for _ in range(int(iterations)):
+        cells = torch.ops.recon3d.nufft_spread(weight, *table)
+        weight = weight * (unit / torch.ops.recon3d.nufft_interpolate(cells, *table).real)
+    return weight[0].real.float()
 
 
 def ramp(trajectory: Trajectory) -> Tensor:
