@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
@@ -378,8 +378,9 @@ def _sentence(error: ValidationError, model: type[BaseModel]) -> str:
 def _keys_at(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     for name in path:
         field = model.model_fields.get(str(name))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        kind = field.annotation if field else None
+        inner = next((k for k in (get_args(kind) or (kind,)) if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if inner is None:
             return []
         model = inner
     return list(model.model_fields)

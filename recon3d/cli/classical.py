@@ -3,50 +3,58 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from recon3d import baselines
 from recon3d.config import ConfigError, JobConfig
 from recon3d.engine.events import Events
-from recon3d.engine.scan import load_scan
-from recon3d.io import write_nifti
+from recon3d.engine.scan import Modality, load_scan
 
-# options each method takes
-_TAKES = {"fbp": (), "sirt": ("iterations",), "tv": ("iterations", "strength")}
+# the method, and the options it takes besides measurement, operator and weights
+_METHODS: dict[Modality, dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]]] = {
+    "ct": {
+        "fbp": (lambda y, operator, weights: baselines.fbp(y, operator), ()),
+        "sirt": (baselines.sirt, ("iterations",)),
+        "tv": (baselines.tv3d, ("iterations", "strength")),
+    },
+    "mri": {
+        "zero_filled": (baselines.zero_filled, ()),
+        "cg_sense": (baselines.cg_sense, ("iterations",)),
+        "cs": (baselines.cs, ("iterations", "strength")),
+    },
+}
 
 
 def run(method: str, config: JobConfig, output: Path, options: dict[str, Any]) -> float:
-    """Reconstruct and write a volume; gives the seconds of the reconstruction.
+    """Reconstruct and write a volume (a magnitude for MRI); gives the seconds of the reconstruction.
 
     Raises:
-        ConfigError: the method or an option of it does not exist.
+        ConfigError: the method or an option of it does not exist, or it is for another kind of measurement.
         BadInput: the measurement cannot be used.
     """
-    if method not in _TAKES:
-        raise ConfigError(f"baseline {method!r}: there are {', '.join(_TAKES)}")
+    names = [name for methods in _METHODS.values() for name in methods]
+    if method not in names:
+        raise ConfigError(f"baseline {method!r}: there are {', '.join(names)}")
     for name in options:
-        if name not in _TAKES[method]:
+        if not any(name in methods[method][1] for methods in _METHODS.values() if method in methods):
             raise ConfigError(f"baseline {method}: takes no --{name}")
     if not output.name.endswith((".nii", ".nii.gz")):
         raise ConfigError(f"--output {output}: the name must end in .nii or .nii.gz")
     scan = load_scan(config, Events())
+    if method not in _METHODS[scan.modality]:
+        raise ConfigError(
+            f"baseline {method}: {config.input.path} is a measurement of {scan.modality.upper()}; for it there are "
+            f"{', '.join(_METHODS[scan.modality])}"
+        )
     scan.check()
     operator, y, weights = scan.operator(), scan.y.to(scan.device), scan.weights()
     weights = None if weights is None else weights.to(scan.device)
     start = time.perf_counter()
-    if method == "fbp":
-        volume = baselines.fbp(y, operator)
-    elif method == "sirt":
-        volume = baselines.sirt(y, operator, weights=weights, **options)
-    else:
-        volume = baselines.tv3d(y, operator, weights=weights, **options)
+    volume = _METHODS[scan.modality][method][0](y, operator, weights=weights, **options)
     seconds = time.perf_counter() - start
-    write_nifti(
-        output,
-        volume.cpu(),
-        scan.grid,
-        unit=config.output.unit,
-        mu_water_per_mm=config.output.mu_water_per_mm,
-    )
+    scan.save(output, volume.cpu(), config.output)
     return seconds

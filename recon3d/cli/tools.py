@@ -58,8 +58,10 @@ def train(
 def metrics(
     volume: Annotated[Path, typer.Argument(help="NIfTI volume.")],
     reference: Annotated[Path, typer.Argument(help="NIfTI volume it should equal.")],
-    unit: Annotated[str, typer.Option(help="hu or au (arbitrary units).")] = "hu",
-    data_range: Annotated[float | None, typer.Option(help="Range of PSNR and SSIM; au needs it.")] = None,
+    unit: Annotated[str, typer.Option(help="hu, or au (arbitrary units, such as magnitudes of MRI).")] = "hu",
+    data_range: Annotated[
+        float | None, typer.Option(help="Range of PSNR and SSIM; by default 2000 HU, for au that of the reference.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print everything, with definitions.")] = False,
 ) -> None:
     """Compare two volumes: PSNR and SSIM in three planes, RMSE, NMSE, change from slice to slice."""
@@ -73,20 +75,22 @@ def metrics(
     truth, other = read_nifti(reference)
     if grid.shape != other.shape:
         raise BadInput(volume, f"has shape {grid.shape}, {reference} {other.shape}", "resample one of them first")
+    if unit == "au" and data_range is None:
+        data_range = float(truth.max() - truth.min())
     found = figures.compare(x, truth, grid, data_range, unit="hu" if unit == "hu" else "au")
     _show({volume.name: found}, json_)
 
 
 def baseline(
-    method: Annotated[str, typer.Argument(help="fbp, sirt or tv.")],
+    method: Annotated[str, typer.Argument(help="CT: fbp, sirt or tv; MRI: zero_filled, cg_sense or cs.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI volume to write.")],
-    input_: Annotated[Path | None, typer.Option("--input", "-i", help="Measured sinogram.")] = None,
+    input_: Annotated[Path | None, typer.Option("--input", "-i", help="Sinogram or k-space.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="Job file; recipe and prior are ignored.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value, repeatable.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Of sirt and tv.")] = None,
-    strength: Annotated[float | None, typer.Option(help="Of tv, dimensionless.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of sirt, tv, cg_sense and cs.")] = None,
+    strength: Annotated[float | None, typer.Option(help="Of tv and cs, dimensionless.")] = None,
 ) -> None:
     """Reconstruct with a classical method, to compare with."""
     from recon3d.cli import classical
@@ -99,55 +103,54 @@ def baseline(
 
 
 def simulate(
-    volume: Annotated[Path, typer.Argument(help="NIfTI volume in HU.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Sinogram to write (.h5 or .npz).")],
-    views: Annotated[int, typer.Option(help="Number of views.")] = 60,
+    volume: Annotated[Path, typer.Argument(help="NIfTI volume; in HU for a sinogram, a magnitude for k-space.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Measurement to write: .h5, a sinogram also .npz.")],
+    views: Annotated[int | None, typer.Option(help="CT: number of views, 60 by default.")] = None,
     photons: Annotated[
-        float | None, typer.Option(help="Mean count of an unattenuated ray; without it no noise.")
+        float | None, typer.Option(help="CT: mean count of an unattenuated ray; without it no noise.")
     ] = None,
-    detector: Annotated[int | None, typer.Option(help="Detector cells; enough for the diagonal by default.")] = None,
-    detector_spacing_mm: Annotated[float | None, typer.Option(help="Default: the pixel, magnified.")] = None,
-    range_deg: Annotated[float | None, typer.Option(help="Default: 180 for parallel, 360 for fan.")] = None,
-    source_to_axis_mm: Annotated[float | None, typer.Option(help="Makes it a fan beam.")] = None,
+    detector: Annotated[int | None, typer.Option(help="CT: cells; enough for the diagonal by default.")] = None,
+    detector_spacing_mm: Annotated[float | None, typer.Option(help="CT: default the pixel, magnified.")] = None,
+    range_deg: Annotated[float | None, typer.Option(help="CT: default 180 for parallel, 360 for fan.")] = None,
+    source_to_axis_mm: Annotated[float | None, typer.Option(help="CT: makes it a fan beam.")] = None,
     source_to_detector_mm: Annotated[
-        float | None, typer.Option(help="Fan beam; default twice source_to_axis_mm.")
+        float | None, typer.Option(help="CT: fan beam; default twice source_to_axis_mm.")
+    ] = None,
+    mu_water_per_mm: Annotated[float | None, typer.Option(help="CT: attenuation of water, default 0.0193.")] = None,
+    coils: Annotated[int | None, typer.Option(help="MRI: makes it k-space of so many coils.")] = None,
+    acceleration: Annotated[float | None, typer.Option(help="MRI: columns over those sampled, default 1.")] = None,
+    centre_fraction: Annotated[float | None, typer.Option(help="MRI: part kept in the centre, default 0.08.")] = None,
+    noise: Annotated[
+        float | None,
+        typer.Option(help="MRI: spread of a sample over the volume's 99.9th percentile, default 0."),
     ] = None,
     rows: Annotated[str | None, typer.Option(help="first:end, slices to take.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    mu_water_per_mm: Annotated[float, typer.Option(help="Attenuation of water.")] = 0.0193,
 ) -> None:
-    """Make a noisy sinogram of a volume, on finer pixels than a reconstruction will use."""
-    import math
-
+    """Make a noisy measurement of a volume: a sinogram on finer pixels, or k-space of several coils."""
+    from recon3d.cli import simulated
     from recon3d.config import ConfigError
-    from recon3d.geometry import FanBeam, ParallelBeam, equiangular
-    from recon3d.io import Measurement, read_nifti, write_measurement
-    from recon3d.operators.noise import PoissonNoise
-    from recon3d.operators.simulate import simulate_ct
 
-    x, grid = read_nifti(volume, "hu", mu_water_per_mm)
-    if rows is not None:
-        first, colon, end = rows.partition(":")
-        if not (colon and first.isdigit() and end.isdigit() and int(first) < int(end) <= grid.shape[0]):
-            raise ConfigError(f"--rows {rows}: expected first:end within 0:{grid.shape[0]}")
-        x, grid = x[int(first) : int(end)], grid.slab(int(first), int(end))
-    fan = source_to_axis_mm is not None
-    sod = source_to_axis_mm or 1.0
-    sdd = source_to_detector_mm or 2 * sod
-    pitch = detector_spacing_mm or min(grid.pixel_mm) * (sdd / sod if fan else 1.0)
-    radius = math.hypot(grid.shape[1] * grid.spacing_mm[1], grid.shape[2] * grid.spacing_mm[2]) / 2
-    if fan and radius >= sod:
-        raise ConfigError(
-            f"--source-to-axis-mm {sod:g}: the source must lie outside the volume, at least {radius:.0f} mm"
+    ct = {
+        "views": views, "photons": photons, "detector": detector, "detector-spacing-mm": detector_spacing_mm,
+        "range-deg": range_deg, "source-to-axis-mm": source_to_axis_mm,
+        "source-to-detector-mm": source_to_detector_mm, "mu-water-per-mm": mu_water_per_mm,
+    }  # fmt: skip
+    mri = {"acceleration": acceleration, "centre-fraction": centre_fraction, "noise": noise}
+    for name, value in (mri if coils is None else ct).items():
+        if value is not None:
+            raise ConfigError(f"--{name}: {'is for k-space, which --coils asks for' if coils is None else 'is for CT'}")
+    if coils is not None:
+        sampling = (acceleration or 1.0, 0.08 if centre_fraction is None else centre_fraction)
+        typer.echo(simulated.kspace(volume, output, coils, *sampling, noise or 0.0, rows, seed))
+        return
+    water = mu_water_per_mm or 0.0193
+    typer.echo(
+        simulated.sinogram(
+            volume, output, views or 60, photons, detector, detector_spacing_mm, range_deg, source_to_axis_mm,
+            source_to_detector_mm, rows, seed, water,
         )
-    reach = sdd * math.tan(math.asin(radius / sod)) if fan else radius
-    cells = detector or 2 * math.ceil(reach / pitch) + 1
-    angles = equiangular(views, math.radians(range_deg or (360.0 if fan else 180.0)))
-    geometry = FanBeam(angles, cells, pitch, 0.0, sod, sdd) if fan else ParallelBeam(angles, cells, pitch)
-    noise = None if photons is None else PoissonNoise(photons)
-    y = simulate_ct(x, grid, geometry, noise, seed)
-    write_measurement(output, Measurement(y, geometry, grid, photons, "recon3d"))
-    typer.echo(f"{output}: {y.shape[0]} slices, {views} views, {cells} cells of {pitch:.4g} mm")
+    )  # fmt: skip
 
 
 def _show(results: dict[str, Any], as_json: bool) -> None:

@@ -120,8 +120,12 @@ class Scan(ABC):
         """What stands in preview.png: the operator's direct image, and the result under its name."""
 
     @abstractmethod
+    def save(self, path: Path, volume: Tensor, output: OutputConfig) -> None:
+        """Write a volume as NIfTI."""
+
     def write(self, folder: Path, volume: Tensor, output: OutputConfig) -> None:
         """Write the result as volume.nii.gz, and what else belongs to it."""
+        self.save(folder / "volume.nii.gz", volume, output)
 
     @abstractmethod
     def work_bytes(self) -> dict[str, dict[str, int]]:

@@ -99,10 +99,10 @@ class CTScan(Scan):
         direct = self.operator().pinv(self.y.to(self.device)).cpu()
         return Pictures({"filtered back projection": direct, name: volume}, _unit(output))
 
-    def write(self, folder: Path, volume: Tensor, output: OutputConfig) -> None:
+    def save(self, path: Path, volume: Tensor, output: OutputConfig) -> None:
         from recon3d.io import write_nifti
 
-        write_nifti(folder / "volume.nii.gz", volume, self.grid, **_unit(output))
+        write_nifti(path, volume, self.grid, **_unit(output))
 
     def work_bytes(self) -> dict[str, dict[str, int]]:
         depth = self.grid.shape[0]

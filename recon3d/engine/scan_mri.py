@@ -179,11 +179,17 @@ class MRIScan(Scan):
         kind = "zero-filled" if self.mask is not None else "gridding"
         return Pictures({kind: direct, name: volume.abs()}, {"unit": "au"})
 
+    def save(self, path: Path, volume: Tensor, output: OutputConfig) -> None:
+        """The magnitude, in the scanner's unit."""
+        from recon3d.io import write_nifti
+
+        write_nifti(path, volume.abs(), self.grid, unit="au")
+
     def write(self, folder: Path, volume: Tensor, output: OutputConfig) -> None:
         """The magnitude as volume.nii.gz and the phase in radians as phase.nii.gz."""
         from recon3d.io import write_nifti
 
-        write_nifti(folder / "volume.nii.gz", volume.abs(), self.grid, unit="au")
+        super().write(folder, volume, output)
         write_nifti(folder / "phase.nii.gz", volume.angle(), self.grid, unit="au")
 
     def work_bytes(self) -> dict[str, dict[str, int]]:
