@@ -194,7 +194,8 @@ def test_gridded_calibration_is_the_centre_of_kspace(head):
     got = gridded_calibration(y, operator.trajectories, 16, 30)
     scale = torch.vdot(got.flatten(), want.flatten()) / got.norm() ** 2
     assert _gap(scale * got, want) < 0.1
-    with pytest.raises(ValueError, match="lower size, or give coil maps"):
+    assert gridded_calibration(y[..., : 17 * 2 * N], radial(17, 2 * N, (N, N))).shape[-1] in (14, 16, 18)
+    with pytest.raises(ValueError, match="too sparse in the centre"):
         gridded_calibration(y[..., : 2 * N], radial(1, 2 * N, (N, N)))
     with pytest.raises(ValueError, match=r"\[slice, coil, sample\]"):
         gridded_calibration(y[..., 1:], operator.trajectories)

@@ -28,6 +28,8 @@ __all__ = ["calibration_region", "espirit", "gridded_calibration"]
 # of the grid where power iterations start from scratch, in pixels
 _COARSE = 4
 _COARSE_ITERATIONS = 40
+# of the cells of a calibration region hold a sample where spokes are dense enough
+_DENSE = 0.9
 # bytes of G that are worked on at a time; fits the second or third level cache
 _BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 
@@ -130,15 +132,15 @@ def gridded_calibration(
     Args:
         kspace: [slice, coil, sample] complex; or [coil, sample] of a trajectory in space.
         trajectory: one for all slices, or one per slice.
-        size: points along each axis.
+        size: points along each axis at most; fewer where the samples lie dense in a smaller centre only.
         iterations: of conjugate gradients.
 
     Returns:
-        [slice, coil, size, size]. For a trajectory in space z is transformed back, so that every slice of the volume
-        has a region of its own.
+        [slice, coil, size, size] with the size found. For a trajectory in space z is transformed back, so that every
+        slice of the volume has a region of its own.
 
     Raises:
-        ValueError: shapes that do not fit, or fewer samples in the centre than points.
+        ValueError: shapes that do not fit, or no densely sampled centre of eight points.
     """
     given = (trajectory,) if isinstance(trajectory, Trajectory) else tuple(trajectory)
     spatial = given[0].ndim == 3
@@ -148,6 +150,7 @@ def gridded_calibration(
             f"gridded_calibration: expected [slice, coil, sample] with {given[0].n_samples} samples and one trajectory "
             f"or one per slice, got {tuple(kspace.shape)} and {len(given)}"
         )
+    size = min(_dense_size(t, size) for t in dict.fromkeys(given))
     if len(given) == 1:
         region = _gridded(rows, given[0], size, iterations)
     else:
@@ -160,11 +163,6 @@ def _gridded(rows: Tensor, trajectory: Trajectory, size: int, iterations: int) -
     index = trajectory.as_unit("index")
     # points of the region and what leaks into them
     inside = (index.abs() <= size / 2 + 0.5).all(1)
-    count, points = int(inside.sum()), size**trajectory.ndim
-    if 2 * count < points:
-        raise ValueError(
-            f"gridded_calibration: {count} samples lie in a centre of {points} points; lower size, or give coil maps"
-        )
     shape = (_even(1.5 * size),) * trajectory.ndim
     scale = torch.tensor([2 * math.pi / n for n in shape], dtype=torch.float64)
     plan = nufft_plan(index[inside] * scale, shape, eps=1e-4).to(rows.device)
@@ -175,6 +173,24 @@ def _gridded(rows: Tensor, trajectory: Trajectory, size: int, iterations: int) -
     for axis in axes:
         region = region.narrow(axis, shape[0] // 2 - size // 2, size)
     return region.reshape(*rows.shape[:2], *region.shape[1:])
+
+
+def _dense_size(trajectory: Trajectory, most: int) -> int:
+    """Largest even number of Nyquist distances up to `most` across which nine of ten cells hold a sample."""
+    reach = most // 2
+    cells = trajectory.as_unit("index").round().long() + reach
+    cells = cells[((cells >= 0) & (cells <= 2 * reach)).all(1)]
+    full = torch.zeros((2 * reach + 1,) * trajectory.ndim, dtype=torch.bool)
+    full[tuple(cells.T)] = True
+    at = (torch.arange(2 * reach + 1) - reach).square()
+    radius = sum(at.reshape([-1 if a == axis else 1 for a in range(full.ndim)]) for axis in range(full.ndim))
+    for half in range(reach, 3, -1):
+        if float(full[radius <= half**2].double().mean()) >= _DENSE:
+            return 2 * half
+    raise ValueError(
+        "gridded_calibration: the samples are too sparse in the centre of k-space, where eight Nyquist distances "
+        "across must be full; give coil maps"
+    )
 
 
 def _hybrid(region: Tensor, slices: int) -> Tensor:
