@@ -12,7 +12,8 @@ which one fused kernel evaluates (recon3d.ops.renoise). With q = sigma'^2 / sigm
   one step is to add: 0 ("small", DDPM's posterior variance), sigma^2 ("large", the reverse diffusion step of score
   SDE) or 1/(1/sigma^2 + 1/prior_std^2), which is exact for a white prior of that spread, whatever the number of steps.
 * full: a = 0, b = 1 (DAPS, SITCOM, Flower, ISCS). The estimate is a mean, so full renoising alone has too little
-  spread; `prior_std` adds the missing variance v.
+  spread; `prior_std` adds the missing variance v. A point estimate gains from the opposite: the error of x0c is part of
+  what the prior is to remove next, and b = `amount` below 1 leaves room for it within sigma'.
 * corrector visits: one Langevin step u' = u + h score + sqrt(2 h) z with h = 2 (snr |z| / |score|)^2 (Song et al.,
   ICLR 2021), norms per slice; over the batch only to compare with published code. The step depends on the very noise
   it scales, which widens the law by about 4 / pixels; "expected" norms, h = 2 (snr sigma)^2, do not and need no pass
@@ -85,13 +86,23 @@ class Ancestral:
 
 @dataclass(frozen=True)
 class Full:
-    """Forget the old noise. prior_std (user units) adds the variance that a mean estimate lacks."""
+    """Forget the old noise.
+
+    Attributes:
+        prior_std: (user units) adds the variance that a mean estimate lacks.
+        amount: part of sigma' that is drawn afresh; below 1, the error that the estimate already has counts as the rest.
+    """
 
     prior_std: float | None = None
+    amount: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.amount <= 1:
+            raise ValueError(f"Full: amount must be above 0 and at most 1, got {self.amount}")
 
     def weights(self, sigma: float, sigma_next: float) -> tuple[float, float]:
         lacking = _spread(sigma, self.prior_std) if self.prior_std else 0.0
-        return 0.0, math.sqrt(1 + lacking / sigma_next**2)
+        return 0.0, self.amount * math.sqrt(1 + lacking / sigma_next**2)
 
 
 Rule = DDIM | Ancestral | Full

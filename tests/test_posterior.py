@@ -155,6 +155,14 @@ def test_full_renoising_needs_the_missing_variance():
     assert (lacking.std(0) < 0.8 * 0.6).all()
 
 
+def test_amount_scales_fresh_noise_and_no_estimate():
+    assert Full(amount=0.4).weights(1.0, 0.5) == (0.0, 0.4)
+    assert Full(0.6, 0.5).weights(1.0, 0.5)[1] == pytest.approx(0.5 * Full(0.6).weights(1.0, 0.5)[1])
+    for amount in (0.0, 1.1):
+        with pytest.raises(ValueError, match="amount"):
+            Full(amount=amount)
+
+
 def test_the_two_conventions_of_eta_differ():
     """At skip 20, ancestral sampling is 0.57, 0.44, 0.60, 0.99 of convention dds at t = 980, 500, 100, 20."""
     from recon3d.priors.paths import VP

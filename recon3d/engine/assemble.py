@@ -132,7 +132,7 @@ def _renoise(recipe: Recipe, scale: float) -> Renoise:
     elif r.kind == "ancestral":
         rule = Ancestral(r.variance, std)
     else:
-        rule = Full(std)
+        rule = Full(std, r.amount)
     return Renoise(rule, r.direction, r.snr, r.norms)
 
 

@@ -110,6 +110,9 @@ class RenoiseSection(_Section):
     convention: Literal["canonical", "dds"] = Field("canonical", description="ddim: meaning of eta")
     variance: Literal["small", "large", "prior"] = Field("small", description="ancestral: variance a step adds")
     prior_std: float | None = Field(None, gt=0, description="ancestral prior, full: spread of pixels, network units")
+    amount: float = Field(
+        1.0, gt=0, le=1, description="full: fresh noise over sigma; below 1 the estimate's own error counts as noise"
+    )
     direction: Literal["network", "corrected"] = Field("network", description="estimate that tells the old noise")
     snr: float = Field(0.16, gt=0, description="correctors: signal-to-noise ratio")
     norms: Literal["slice", "part", "expected", "volume"] = Field(
