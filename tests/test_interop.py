@@ -138,12 +138,12 @@ def test_beside_finufft(shape):
 
 
 def test_finufft_out_and_tensors():
-    x, c = torch.rand(9, dtype=torch.float64, requires_grad=True), torch.from_numpy(noise(9)).requires_grad_()
+    x, c = (torch.from_numpy(v).requires_grad_() for v in (RNG.uniform(-3, 3, 9), noise(9)))
     out = np.empty(6, dtype=complex)
     want = like_finufft.nufft1d1(x.detach().numpy(), c.detach().numpy(), 6, out)
     assert want is out
     got = like_finufft.nufft1d1(x, c, 6, eps=1e-9)
-    close(got.detach(), want)
+    close(got.detach(), want, 1e-5)
     torch.autograd.gradcheck(lambda x, c: like_finufft.nufft1d1(x, c, 6, eps=1e-12), (x, c), atol=1e-5)
     assert like_finufft.nufft1d1(x, c, 6, eps=0.5).shape == (6,)  # less was asked than the planner can miss
 
@@ -240,9 +240,9 @@ def test_kbnufft_refuses():
 def test_sigpy_missing_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "sigpy", None)
     monkeypatch.setitem(sys.modules, "sigpy.linop", None)
-    monkeypatch.delitem(sys.modules, "recon3d.interop.sigpy", raising=False)
+    module = importlib.import_module("recon3d.interop.sigpy")
     with pytest.raises(ImportError, match="pip install sigpy"):
-        importlib.import_module("recon3d.interop.sigpy")
+        module.nufft_linop((4, 4), np.zeros((1, 2)))
 
 
 def test_sigpy_linops():

@@ -15,15 +15,12 @@ from recon3d.interop.arrays import as_given, to_torch
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.nufft import nufft, nufft_adjoint, nufft_plan
 
-try:
-    from sigpy.linop import Linop
-except ImportError as error:
-    raise ImportError("recon3d.interop.sigpy: sigpy is not installed; install it with 'pip install sigpy'") from error
-
 __all__ = ["as_linop", "nufft_linop"]
 
+Step = Callable[[Tensor], Tensor]
 
-def as_linop(operator: LinearOperator) -> Linop:
+
+def as_linop(operator: LinearOperator) -> Any:
     """Any recon3d operator as a Linop between operator.domain.shape and operator.range.shape.
 
     Args:
@@ -31,13 +28,16 @@ def as_linop(operator: LinearOperator) -> Linop:
 
     Returns:
         A sigpy Linop; .H is the operator's exact adjoint.
+
+    Raises:
+        ImportError: sigpy is not installed.
     """
-    return _Wrapped(
+    return _wrap(
         operator.forward, operator.adjoint, operator.domain.shape, operator.range.shape, type(operator).__name__
     )
 
 
-def nufft_linop(ishape: Sequence[int], coord: Any, *, eps: float = 1e-3) -> Linop:
+def nufft_linop(ishape: Sequence[int], coord: Any, *, eps: float = 1e-3) -> Any:
     """The Linop of sigpy.linop.NUFFT, on recon3d's NUFFT: same coordinates, sign and scale.
 
     Args:
@@ -49,6 +49,7 @@ def nufft_linop(ishape: Sequence[int], coord: Any, *, eps: float = 1e-3) -> Lino
         A Linop from ishape to ishape[:-d] + coord.shape[:-1]; forward e^{-i} / sqrt(prod N), .H its exact adjoint.
 
     Raises:
+        ImportError: sigpy is not installed.
         ValueError: coordinates that do not fit the image or the unit.
     """
     points = to_torch(coord).detach().cpu()
@@ -65,23 +66,25 @@ def nufft_linop(ishape: Sequence[int], coord: Any, *, eps: float = 1e-3) -> Lino
     def adjoint(y: Tensor) -> Tensor:
         return nufft_adjoint(y.reshape(*y.shape[: y.ndim - len(samples)], -1), plan.to(y.device))
 
-    return _Wrapped(forward, adjoint, shape, shape[:-d] + samples, "NUFFT")
+    return _wrap(forward, adjoint, shape, shape[:-d] + samples, "NUFFT")
 
 
-class _Wrapped(Linop):  # type: ignore[misc]  # sigpy is not annotated
-    def __init__(
-        self,
-        forward: Callable[[Tensor], Tensor],
-        adjoint: Callable[[Tensor], Tensor],
-        ishape: Sequence[int],
-        oshape: Sequence[int],
-        name: str,
-    ) -> None:
-        self._forward, self._adjoint, self._name = forward, adjoint, name
-        super().__init__(list(oshape), list(ishape), repr_str=name)
+def _wrap(forward: Step, adjoint: Step, ishape: Sequence[int], oshape: Sequence[int], name: str) -> Any:
+    try:
+        from sigpy.linop import Linop
+    except ImportError as error:
+        raise ImportError(
+            "recon3d.interop.sigpy: sigpy is not installed; install it with 'pip install sigpy'"
+        ) from error
 
-    def _apply(self, given: Any) -> Any:
-        return as_given(self._forward(to_torch(given)), given)
+    class Wrapped(Linop):  # type: ignore[misc]  # sigpy is not annotated
+        def __init__(self) -> None:
+            super().__init__(list(oshape), list(ishape), repr_str=name)
 
-    def _adjoint_linop(self) -> Linop:
-        return _Wrapped(self._adjoint, self._forward, self.oshape, self.ishape, f"{self._name}.H")
+        def _apply(self, given: Any) -> Any:
+            return as_given(forward(to_torch(given)), given)
+
+        def _adjoint_linop(self) -> Any:
+            return _wrap(adjoint, forward, oshape, ishape, f"{name}.H")
+
+    return Wrapped()
