@@ -228,6 +228,20 @@ def test_batch_threads_and_runs(case, isa, dtype):
         check_threads(lambda x=x: nufft_normal(x, case.plan))
 
 
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_engine_layout(case, isa):
+    """The same bits as in the usual layout, transposed and in the plan's order."""
+    order = case.plan.order.long()
+    for dtype in (torch.complex64, torch.complex128):
+        x, y = case.domain(16, dtype), case.range(16, dtype)
+        chunks = x.reshape(2, 8, *case.shape).movedim(1, -1).contiguous()
+        got = nufft_module._lanes(chunks, case.plan)
+        assert torch.equal(got.movedim(-1, 1).reshape(16, -1), case.A(x)[:, order])
+        chunks = y[:, order].reshape(2, 8, -1).movedim(1, -1).contiguous()
+        got = nufft_module._lanes_adjoint(chunks, case.plan)
+        assert torch.equal(got.movedim(-1, 1).reshape(16, *case.shape), case.AT(y))
+
+
 def test_shapes_and_views():
     case = CASES[4]
     x, y = case.domain(6), case.range(6)

@@ -159,6 +159,44 @@ Tensor nufft_normal(const Tensor& x, const Tensor& density, const Tensor& order,
   return result;
 }
 
+Tensor nufft_lanes(const Tensor& x, const Tensor& order, const Tensor& first, const Tensor& weights,
+                   const Tensor& scale, const Tensor& tiles, std::vector<int64_t> grid, int64_t tile) {
+  const int64_t d = static_cast<int64_t>(grid.size());
+  STD_TORCH_CHECK(x.dim() == d + 2 && x.size(d + 1) == kChunk, "nufft_lanes: x must be [chunk, ([z,] y, x), 8]");
+  const Plan plan(order, first, weights, scale, tiles);
+  const Tensor xc = torch::stable::contiguous(x);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), plan.order.numel(), kChunk});
+  std::vector<int64_t> shape = last_axes(x, d + 1);
+  shape.pop_back();
+  if (x.size(0)) {
+    RECON3D_NUFFT(x, "nufft_lanes", {
+      const auto points = plan.points<scalar_t>("nufft_lanes", shape, grid, tile);
+      kernels.forward({&points, x.size(0) * kChunk, true, in<scalar_t>(xc), out<scalar_t>(y), nullptr}, all_threads());
+    })
+  }
+  return y;
+}
+
+Tensor nufft_lanes_adjoint(const Tensor& y, const Tensor& order, const Tensor& first, const Tensor& weights,
+                           const Tensor& scale, const Tensor& tiles, std::vector<int64_t> shape,
+                           std::vector<int64_t> grid, int64_t tile) {
+  const Plan plan(order, first, weights, scale, tiles);
+  STD_TORCH_CHECK(y.dim() == 3 && y.size(1) == plan.order.numel() && y.size(2) == kChunk,
+                  "nufft_lanes_adjoint: y must be [chunk, M, 8]");
+  const Tensor yc = torch::stable::contiguous(y);
+  std::vector<int64_t> size{y.size(0)};
+  size.insert(size.end(), shape.begin(), shape.end());
+  size.push_back(kChunk);
+  Tensor x = torch::stable::new_empty(y, size);
+  if (y.size(0)) {
+    RECON3D_NUFFT(y, "nufft_lanes_adjoint", {
+      const auto points = plan.points<scalar_t>("nufft_lanes_adjoint", shape, grid, tile);
+      kernels.adjoint({&points, y.size(0) * kChunk, true, in<scalar_t>(yc), out<scalar_t>(x), nullptr}, all_threads());
+    })
+  }
+  return x;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> nufft_sort(const Tensor& points, std::vector<int64_t> grid, int64_t width,
                                                       int64_t tile) {
   const int64_t axes = static_cast<int64_t>(grid.size());
@@ -211,6 +249,8 @@ STABLE_TORCH_LIBRARY_IMPL(recon3d, CPU, m) {
   m.impl("nufft", TORCH_BOX(&recon3d::nufft));
   m.impl("nufft_adjoint", TORCH_BOX(&recon3d::nufft_adjoint));
   m.impl("nufft_normal", TORCH_BOX(&recon3d::nufft_normal));
+  m.impl("nufft_lanes", TORCH_BOX(&recon3d::nufft_lanes));
+  m.impl("nufft_lanes_adjoint", TORCH_BOX(&recon3d::nufft_lanes_adjoint));
   m.impl("nufft_sort", TORCH_BOX(&recon3d::nufft_sort));
   m.impl("nufft_weights", TORCH_BOX(&recon3d::nufft_weights));
 }

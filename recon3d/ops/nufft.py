@@ -199,6 +199,18 @@ def _adjoint(y: Tensor, plan: NufftPlan) -> Tensor:
     return out
 
 
+def _lanes(x: Tensor, plan: NufftPlan) -> Tensor:
+    """nufft between engine layouts, [chunk, ([z,] y, x), 8] -> [chunk, M, 8] in the plan's sorted order."""
+    out: Tensor = torch.ops.recon3d.nufft_lanes(x, *_tensors(plan, x.dtype), plan.grid, plan.tile)
+    return out
+
+
+def _lanes_adjoint(y: Tensor, plan: NufftPlan) -> Tensor:
+    """nufft_adjoint between engine layouts, the way back of _lanes."""
+    out: Tensor = torch.ops.recon3d.nufft_lanes_adjoint(y, *_tensors(plan, y.dtype), plan.shape, plan.grid, plan.tile)
+    return out
+
+
 # ---- gradients by the points ----------------------------------------------------------------------------------------
 
 
@@ -355,6 +367,36 @@ def _reference_normal(
     return _reference_adjoint(y, order, first, weights, scale, tiles, x.shape[-len(grid) :], grid, tile)
 
 
+def _reference_lanes(
+    x: Tensor,
+    order: Tensor,
+    first: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    tiles: Tensor,
+    grid: Sequence[int],
+    tile: int,
+) -> Tensor:
+    y = _reference(x.movedim(-1, 1), order, first, weights, scale, tiles, grid, tile)
+    return y[..., order.long()].movedim(1, -1).contiguous()
+
+
+def _reference_lanes_adjoint(
+    y: Tensor,
+    order: Tensor,
+    first: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    tiles: Tensor,
+    shape: Sequence[int],
+    grid: Sequence[int],
+    tile: int,
+) -> Tensor:
+    samples = torch.empty_like(y).index_copy_(1, order.long(), y).movedim(-1, 1)
+    x = _reference_adjoint(samples, order, first, weights, scale, tiles, shape, grid, tile)
+    return x.movedim(1, -1).contiguous()
+
+
 def _reference_points_vjp(
     x: Tensor,
     y: Tensor,
@@ -432,6 +474,18 @@ _library.define(
     lambda x, density, order, first, weights, scale, tiles, grid, tile: x.new_empty(x.shape),
     backward=_backward_normal,
     setup_context=_setup_normal,
+)
+# The same between engine layouts: [chunk, ([z,] y, x), 8] and, in the order of the tiles, [chunk, M, 8]. Nothing is
+# transposed or reordered, which saves a fifth of the time; for solvers that keep their data so.
+_library.define(
+    f"nufft_lanes(Tensor x, {_PLAN}, int[] grid, int tile) -> Tensor",
+    _reference_lanes,
+    lambda x, order, first, weights, scale, tiles, grid, tile: x.new_empty((x.shape[0], order.shape[0], x.shape[-1])),
+)
+_library.define(
+    f"nufft_lanes_adjoint(Tensor y, {_PLAN}, int[] shape, int[] grid, int tile) -> Tensor",
+    _reference_lanes_adjoint,
+    lambda y, order, first, weights, scale, tiles, shape, grid, tile: y.new_empty((y.shape[0], *shape, y.shape[-1])),
 )
 # slopes: [M, d, w], derivatives of the weights by frequency
 _library.define(
