@@ -11,6 +11,23 @@ RECON3D_INLINE void run_all(const NufftThreads& threads, int64_t n, const F& bod
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
+// A result that nobody here reads again: past the caches, which then need not fetch the line first.
+template <class T>
+RECON3D_INLINE void store_through(T* p, typename Lanes<T>::Vec v) {
+#if RECON3D_LEVEL == 3
+  if (!(reinterpret_cast<uintptr_t>(p) & 63)) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#elif RECON3D_LEVEL == 2
+  if (!(reinterpret_cast<uintptr_t>(p) & 31)) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+  store(p, v);
+}
+// Before another thread may read what store_through wrote.
+RECON3D_INLINE void finish_stores() {
+#if RECON3D_LEVEL >= 2
+  _mm_sfence();
+#endif
+}
+
 // The grid of one register of images.
 template <class T>
 struct Grid {
@@ -73,9 +90,11 @@ RECON3D_INLINE void write_border(const Border<T>& b, ptrdiff_t begin, ptrdiff_t 
     for (; i + W <= end; i += W) {
       typename Lanes<T>::Vec v[W];
       for (ptrdiff_t k = 0; k < W; ++k) v[k] = body(i + k);
-      store_lanes<T>(v, b.data + i * b.element, b.lane, b.filled);
+      transpose<T>(v);
+      for (ptrdiff_t r = 0; r < b.filled; ++r) store_through<T>(b.data + i * b.element + r * b.lane, v[r]);
     }
   for (; i < end; ++i) store_element<T>(b, i, body(i));
+  finish_stores();
 }
 
 // ---- images to the grid and back ------------------------------------------------------------------------------------
@@ -210,21 +229,21 @@ struct Taps {
   const T* weight[3];  // of every tap
 };
 template <class T>
-RECON3D_INLINE Taps<T> taps_of(const NufftPoints<T>& p, int64_t q) {
+RECON3D_INLINE Taps<T> taps_of(const NufftPoints<T>& p, int64_t q, int axes, int width) {
   static const T one = 1;
-  const int32_t* first = p.first + q * p.axes;
-  const T* weights = p.weights + q * p.axes * p.width;
+  const int32_t* first = p.first + q * axes;
+  const T* weights = p.weights + q * axes * width;
   Taps<T> t;
   for (int a = 0; a < 3; ++a) {
-    const int column = a - 3 + p.axes;
+    const int column = a - 3 + axes;
     t.at[a] = column < 0 ? 0 : first[column];
-    t.weight[a] = column < 0 ? &one : weights + column * p.width;
+    t.weight[a] = column < 0 ? &one : weights + column * width;
   }
   return t;
 }
-template <class T>
+template <class T, int D, int W>
 RECON3D_INLINE bool wraps(const NufftPoints<T>& p, const Taps<T>& t) {
-  return t.at[0] + p.taps[0] > p.g[0] || t.at[1] + p.taps[1] > p.g[1] || t.at[2] + p.taps[2] > p.g[2];
+  return (D == 3 && t.at[0] + W > p.g[0]) || t.at[1] + W > p.g[1] || t.at[2] + W > p.g[2];
 }
 
 // Any width, taps that wrap, rows outside [low, high) of the outer axis left alone: the same sums in the same order.
@@ -310,38 +329,47 @@ template <class T, int D, int W>
 static void interpolate(const NufftPoints<T>& p, const Grid<T>& grid, T* y, ptrdiff_t step, const int32_t* order,
                         int64_t begin, int64_t end) {
   for (int64_t q = begin; q < end; ++q) {
-    const Taps<T> t = taps_of(p, q);
-    T* to = y + (order ? order[q] : q) * step;
-    if (W && !wraps(p, t))
-      store(to, interpolate_inside<T, D, W ? W : 1>(grid, t));
-    else
-      store(to, interpolate_any(p, grid, t));
+    const Taps<T> t = taps_of(p, q, W ? D : p.axes, W ? W : p.width);
+    const bool inside = W && !wraps<T, D, W>(p, t);
+    const typename Lanes<T>::Vec value =
+        inside ? interpolate_inside<T, D, W ? W : 1>(grid, t) : interpolate_any(p, grid, t);
+    store(y + (order ? order[q] : q) * step, value);
   }
 }
 
-// Adds the samples to rows [low, high) of the outer axis, in the order of the points.
+// Rows [low, high) of the outer axis become the sum of the samples, in the order of the points. Rows are cleared when
+// the first tile that reaches them comes, so that they are still in the cache.
 template <class T, int D, int W>
 static void spread(const NufftPoints<T>& p, const Grid<T>& grid, const T* y, ptrdiff_t step, const int32_t* order,
                    int low, int high) {
   const int outer = 3 - p.axes, g = p.g[outer], taps = p.taps[outer];
-  int inner = 1;
+  const ptrdiff_t outer_step = outer == 0 ? grid.plane : outer == 1 ? grid.row : Grid<T>::E;
+  int inner = 1, cleared = low;
+  auto clear_to = [&](int end) {
+    if (end > high) end = high;
+    if (end > cleared) zero(grid.cells + cleared * outer_step, (end - cleared) * (outer_step / Grid<T>::E));
+    if (end > cleared) cleared = end;
+  };
   for (int a = outer + 1; a < 3; ++a) inner *= (p.g[a] + p.tile - 1) / p.tile;
   for (int row = 0, first = 0; first < g; ++row, first += p.tile) {
     const int last = (first + p.tile < g ? first + p.tile : g) - 1 + taps - 1;  // highest row a tap may reach
     if (!((first < high && last >= low) || (last >= g && last - g >= low))) continue;
+    clear_to(last >= g ? high : last + 1);
     const bool whole = first >= low && last < high;
     const int64_t end = p.tiles[static_cast<int64_t>(row + 1) * inner];
     for (int64_t q = p.tiles[static_cast<int64_t>(row) * inner]; q < end; ++q) {
-      const Taps<T> t = taps_of(p, q);
+      if (order && q + 16 < end) __builtin_prefetch(y + order[q + 16] * step);
+      const Taps<T> t = taps_of(p, q, W ? D : p.axes, W ? W : p.width);
       const bool fits = whole || (t.at[outer] >= low && t.at[outer] + taps <= high);
       if (!fits && t.at[outer] + taps <= g && (t.at[outer] >= high || t.at[outer] + taps <= low)) continue;
       const typename Lanes<T>::Vec value = load(y + (order ? order[q] : q) * step);
-      if (W && fits && !wraps(p, t))
+      if (W && fits && !wraps<T, D, W>(p, t))
         spread_inside<T, D, W ? W : 1>(grid, t, value);
       else
         spread_any(p, grid, t, value, outer, low, high);
     }
   }
+  clear_to(high);
 }
 
 template <class T>
@@ -368,10 +396,9 @@ static PointKernels<T> point_kernels(int width) {
 }
 template <class T>
 static PointKernels<T> point_kernels(const NufftPoints<T>& p) {
-  if (p.taps[2] == p.width && p.taps[1] == p.width) {
-    if (p.taps[0] == p.width) return point_kernels<T, 3>(p.width);
-    if (p.taps[0] == 1) return point_kernels<T, 2>(p.width);
-  }
+  const bool plain = p.taps[3 - p.axes] == p.width && p.taps[1] == p.width && p.taps[2] == p.width;
+  if (plain && p.axes == 3) return point_kernels<T, 3>(p.width);
+  if (plain && p.axes == 2) return point_kernels<T, 2>(p.width);
   return {interpolate<T, 2, 0>, spread<T, 2, 0>};
 }
 
@@ -406,11 +433,9 @@ static void spread_all(const NufftPoints<T>& p, const Grid<T>& grid, const T* y,
                        const NufftThreads& run) {
   const PointKernels<T> kernels = point_kernels(p);
   const int outer = 3 - p.axes, g = p.g[outer], bands = run.threads > 1 ? (g + p.tile - 1) / p.tile : 1;
-  const ptrdiff_t step_outer = outer == 0 ? grid.plane : outer == 1 ? grid.row : Grid<T>::E;
   run_all(run, bands, [&](int64_t begin, int64_t end) {
     const int low = bands > 1 ? static_cast<int>(begin) * p.tile : 0;
     const int high = bands > 1 && end < bands ? static_cast<int>(end) * p.tile : g;
-    zero(grid.cells + low * step_outer, (high - low) * (step_outer / Grid<T>::E));
     kernels.spread(p, grid, y, step, order, low, high);
   });
 }
