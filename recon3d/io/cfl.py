@@ -83,7 +83,8 @@ def read_cfl(path: str | os.PathLike[str], options: KSpaceOptions, limits: Limit
     for k in range(first, last):
         for a in chosen:
             index = {**kept, _SLICE: k, _AVERAGE: a}
-            data[k - first] += _block(path, data_path, dims, {i: v for i, v in index.items() if dims[i] > 1})
+            with np.errstate(all="ignore"):  # what is not finite is told below
+                data[k - first] += _block(path, data_path, dims, {i: v for i, v in index.items() if dims[i] > 1})
         if len(chosen) > 1:
             data[k - first] /= len(chosen)
     if options.pixel_mm is None:

@@ -184,7 +184,7 @@ def _send_text(out: BinaryIO, file: h5py.File, request: dict[str, Any]) -> None:
     data = _open_own(file, name)
     kind = h5py.check_string_dtype(data.dtype)
     if kind is None or data.shape is None or math.prod(data.shape) not in range(1, _MOST_TEXTS + 1):
-        raise Bad(f"{name} of type {data.dtype} and size {data.shape} is not a text", "export it again")
+        raise Bad(f"{name} of type {str(data.dtype)[:60]} and size {data.shape} is not a text", "export it again")
     if kind.length is not None and kind.length * math.prod(data.shape) > _MOST_TEXT:
         raise Bad(f"{name} is a text of {kind.length} bytes", f"at most {_MOST_TEXT >> 20} MiB are read")
     value = data[()] if data.shape == () else data[(slice(0, 1),) * data.ndim].reshape(-1)[0]
@@ -282,7 +282,7 @@ def _send(out: BinaryIO, file: h5py.File, request: dict[str, Any]) -> None:
     name, budget, ratio, size = request["name"], request["budget"], request["ratio"], request["size"]
     data = _open_own(file, name)
     if data.dtype.kind not in "iufcS" or data.dtype.itemsize > 16 or data.dtype.names:
-        raise Bad(f"{name} holds values of type {data.dtype}", "integers, real and complex floats are read")
+        raise Bad(f"{name} holds values of type {str(data.dtype)[:60]}", "integers, real and complex floats are read")
     if data.dtype.kind == "f" and data.dtype.itemsize > 8:
         raise Bad(f"{name} holds values of type {data.dtype}", "32 and 64 bit floats are read")
     if data.shape is None or any(n <= 0 for n in data.shape):

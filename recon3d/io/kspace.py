@@ -29,6 +29,8 @@ _PARTIAL = 0.9
 _STRAY_ZEROS = 0.01
 _MOST_SIZE = 1 << 16
 _MOST_COILS = 1024
+# beyond it squares leave float32
+_LARGEST = 1e18
 
 
 @dataclass(frozen=True)
@@ -385,7 +387,10 @@ def check_kspace(path: str | os.PathLike[str], data: NDArray[Any], noncartesian:
     with np.errstate(all="ignore"):  # what overflows is reported as not finite
         data = data.astype(np.complex64, copy=False)
     check_finite(path, "k-space", data)
-    if not data.any():
+    largest = max(float(np.abs(part.view(np.float32)).max()) for part in np.ascontiguousarray(data))
+    if largest > _LARGEST:
+        raise BadInput(path, f"has k-space up to {largest:.3g}", f"at most {_LARGEST:g} is read; scale it")
+    if largest == 0:
         raise BadInput(path, "has k-space that is zero everywhere", "export it again")
     return data
 
@@ -445,13 +450,15 @@ def hybrid(data: NDArray[np.complex64], axis: int) -> NDArray[np.complex64]:
 
 
 def _ifft(values: NDArray[np.complex64], axis: int) -> NDArray[np.complex64]:
-    inner = np.fft.ifft(np.fft.ifftshift(values, axes=axis), axis=axis, norm="ortho")
-    return np.fft.fftshift(inner, axes=axis).astype(np.complex64, copy=False)
+    with np.errstate(all="ignore"):  # what overflows is reported as not finite
+        inner = np.fft.ifft(np.fft.ifftshift(values, axes=axis), axis=axis, norm="ortho")
+        return np.fft.fftshift(inner, axes=axis).astype(np.complex64, copy=False)
 
 
 def _fft(values: NDArray[np.complex64], axis: int) -> NDArray[np.complex64]:
-    inner = np.fft.fft(np.fft.ifftshift(values, axes=axis), axis=axis, norm="ortho")
-    return np.fft.fftshift(inner, axes=axis).astype(np.complex64, copy=False)
+    with np.errstate(all="ignore"):
+        inner = np.fft.fft(np.fft.ifftshift(values, axes=axis), axis=axis, norm="ortho")
+        return np.fft.fftshift(inner, axes=axis).astype(np.complex64, copy=False)
 
 
 def affine_from_directions(

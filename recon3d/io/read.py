@@ -151,7 +151,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     else:
         name = "HDF5 of another kind"
     datasets = {
-        key: {"shape": item["shape"], "dtype": item["dtype"], **_short(item.get("attrs", {}))}
+        key: {"shape": item["shape"], "dtype": item["dtype"][:40], **_short(item.get("attrs", {}))}
         for key, item in tree.items()
         if item["kind"] == "dataset"
     }

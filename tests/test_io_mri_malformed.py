@@ -1,0 +1,40 @@
+"""A hundred damaged or hostile k-space files per reader: a sentence or finite numbers, within 1 GiB, nothing left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from malformed import SPARE_BYTES
+from malformed_mri import READERS
+
+HERE = Path(__file__).resolve().parent
+COUNT = 100
+# readers that share a process
+GROUPS = ["fastmri,kspace", "ismrmrd", "cfl,twix"]
+
+
+def test_every_reader_is_tried():
+    assert sorted(",".join(GROUPS).split(",")) == sorted(READERS)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_malformed(tmp_path, group):
+    done = subprocess.run(
+        [sys.executable, str(HERE / "malformed_mri.py"), group, str(COUNT)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, f"the process died ({done.returncode}): {done.stderr[-2000:]}"
+    for reader, result in json.loads(done.stdout).items():
+        assert not result["failures"], "\n".join(result["failures"])
+        assert result["refused"] + result["read"] == COUNT
+        # most damage is noticed; where no checksum stands behind the samples, a flipped one cannot be
+        assert result["refused"] >= COUNT // 4, f"{reader} hardly refuses anything"
+        assert result["extra_mib"] < SPARE_BYTES / 2**20
+    assert not list(tmp_path.iterdir())
