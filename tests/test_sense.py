@@ -11,7 +11,7 @@ import torch
 from laws import adjoint_gap, check_adjoint, check_batch_independent, check_linear, check_threads
 
 from recon3d.ops import _library, pack_maps, sense_normal, sense_toeplitz
-from recon3d.ops.sense import SenseMaps, _compact, _lines_reference, _planes_reference
+from recon3d.ops.sense import SenseMaps, _compact, _lines_reference, _pack_reference, _planes_reference
 
 WIDE = torch.complex128
 
@@ -242,6 +242,17 @@ def test_layouts(isa):
     packed = pack_maps(torch.ones(0, 3, 9, 14, dtype=torch.complex64))
     assert sense_normal(x[:0], packed, torch.rand(14)).shape == (0, 9, 14)
     assert sense_normal(x[:0], packed, torch.rand(9, 14)).shape == (0, 9, 14)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, WIDE], ids=str)
+def test_pack_is_the_reference(isa, dtype):
+    for coils in (1, 3, 8, 13, 17):
+        maps = Case("kx", (2, 5, 19), coils).maps(dtype)
+        for along_y in (False, True):
+            assert torch.equal(torch.ops.recon3d.sense_pack(maps, along_y), _pack_reference(maps, along_y))
+            turned = maps.transpose(2, 3)
+            assert torch.equal(torch.ops.recon3d.sense_pack(turned, along_y), _pack_reference(turned, along_y))
+    torch.library.opcheck(torch.ops.recon3d.sense_pack.default, (maps[:, :, :2, :2].clone(), True))
 
 
 def test_packed_maps():

@@ -31,6 +31,19 @@ Tensor lane_fft(const Tensor& x, int64_t sign, int64_t shift) {
   })
   return out_;
 }
+Tensor sense_pack(const Tensor& maps, bool along_y) {
+  STD_TORCH_CHECK(maps.dim() == 4 && maps.size(1) > 0, "sense_pack: maps must be [z, coil, y, x]");
+  const int64_t z = maps.size(0), coils = maps.size(1), ny = maps.size(2), nx = maps.size(3);
+  const Tensor mc = torch::stable::contiguous(maps);
+  Tensor packed = torch::stable::new_empty(
+      maps, {z, (coils + kChunk - 1) / kChunk, along_y ? nx : ny, along_y ? ny : nx, int64_t{kChunk}});
+  RECON3D_COMPLEX(maps, "sense_pack", {
+    advise_large_pages(out<scalar_t>(packed), packed.numel() * 2 * sizeof(scalar_t));
+    lane_kernels<scalar_t>().pack(in<scalar_t>(mc), out<scalar_t>(packed), z, coils, ny, nx, along_y, run_all);
+  })
+  return packed;
+}
+
 // What all of x, maps and weights share; `lines` of `length` elements make a slice.
 template <class T>
 SenseJob<T> job_of(const char* name, const Tensor& x, const Tensor& maps, const Tensor& weights, int64_t coils,
@@ -95,6 +108,7 @@ Tensor sense_planes(const Tensor& x, const Tensor& maps, const Tensor& weights, 
 
 STABLE_TORCH_LIBRARY_IMPL(recon3d, CPU, m) {
   m.impl("lane_fft", TORCH_BOX(&recon3d::lane_fft));
+  m.impl("sense_pack", TORCH_BOX(&recon3d::sense_pack));
   m.impl("sense_lines", TORCH_BOX(&recon3d::sense_lines));
   m.impl("sense_planes", TORCH_BOX(&recon3d::sense_planes));
 }

@@ -49,11 +49,18 @@ class PlaneMemory {
   void* memory_;
 };
 
+// Asks for large pages under memory that nothing has touched yet; only a hint.
+void advise_large_pages(void* memory, size_t bytes);
+
 // What one instruction set offers for T.
 template <class T>
 struct LaneKernels {
   // Unscaled FFT of `rows` lines of plan.n complex numbers; output k goes to place (k + shift) mod n. in != out.
   void (*fft)(const LanePlan<T>& plan, const T* in, T* out, int64_t rows, int shift, RunPieces run);
+  // maps [slices, coils, ny, nx] -> packed [slices, chunks, ny, nx, kChunk], or [slices, chunks, nx, ny, kChunk]
+  // along y; unused lanes become zero.
+  void (*pack)(const T* maps, T* packed, int64_t slices, int64_t coils, int64_t ny, int64_t nx, bool along_y,
+               RunPieces run);
   void (*lines)(const SenseJob<T>& job);
   void (*planes)(const SenseJob<T>& job);
 };

@@ -28,8 +28,8 @@ namespace {
 #include "cpu/lane_batch.h"
 #include "cpu/sense_lanes.h"
 // clang-format on
-constexpr LaneKernelSet kKernels{{fft_rows<float>, sense_lines<float>, sense_planes<float>},
-                                 {fft_rows<double>, sense_lines<double>, sense_planes<double>}};
+constexpr LaneKernelSet kKernels{{fft_rows<float>, pack_coils<float>, sense_lines<float>, sense_planes<float>},
+                                 {fft_rows<double>, pack_coils<double>, sense_lines<double>, sense_planes<double>}};
 }  // namespace
 extern const LaneKernelSet* const kLaneAvx512 = &kKernels;
 }  // namespace recon3d

@@ -6,7 +6,9 @@
 template <class T>
 struct FromImage {
   const T *line, *maps;
+  ptrdiff_t ahead;
   RECON3D_MEMBER typename Lanes<T>::Vec operator()(ptrdiff_t i) const {
+    __builtin_prefetch(maps + i * (2 * kChunk) + ahead, 0, 2);
     return times(load(maps + i * (2 * kChunk)), splat(line[2 * i]), splat(line[2 * i + 1]));
   }
 };
@@ -18,6 +20,27 @@ struct ToCoilProduct {
   RECON3D_MEMBER void operator()(ptrdiff_t i, typename Lanes<T>::Vec z) const {
     const typename Lanes<T>::Vec s = load(maps + i * (2 * kChunk));
     store(p + i * Lanes<T>::kReals, msubadd(turn(z), imaginary_part(s), z * real_part(s)));
+  }
+};
+// Lines of a plane or of maps that ask for the next one while they are read or written: the processor's own prefetch
+// stops at every page.
+template <class T>
+struct FromPlane {
+  const T *p, *maps;
+  ptrdiff_t ahead, maps_ahead;
+  RECON3D_MEMBER typename Lanes<T>::Vec operator()(ptrdiff_t i) const {
+    __builtin_prefetch(p + i * Lanes<T>::kReals + ahead, 0, 2);
+    __builtin_prefetch(maps + i * (2 * kChunk) + maps_ahead, 0, 2);
+    return load(p + i * Lanes<T>::kReals);
+  }
+};
+template <class T>
+struct ToPlane {
+  T* p;
+  ptrdiff_t ahead;
+  RECON3D_MEMBER void operator()(ptrdiff_t i, typename Lanes<T>::Vec v) const {
+    __builtin_prefetch(p + i * Lanes<T>::kReals + ahead, 1, 2);
+    store(p + i * Lanes<T>::kReals, v);
   }
 };
 // A strided line that asks for the line `ahead` reals further on, whose pages the processor would not guess.
@@ -73,6 +96,35 @@ static ptrdiff_t part_offset(ptrdiff_t part, ptrdiff_t size) {
   return 2 * (lane / kChunk * kChunk * size + lane % kChunk);
 }
 
+template <class T>
+static void pack_coils(const T* maps, T* packed, int64_t slices, int64_t coils, int64_t ny, int64_t nx, bool along_y,
+                       RunPieces run) {
+  using Vec = typename Lanes<T>::Vec;
+  constexpr ptrdiff_t W = Lanes<T>::W;
+  const ptrdiff_t size = ny * nx, chunks = (coils + kChunk - 1) / kChunk, whole = nx / W * W;
+  const ptrdiff_t step = 2 * kChunk * (along_y ? ny : 1);
+  run_pieces(run, slices * chunks * ny, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const ptrdiff_t y = item % ny, chunk = item / ny % chunks, slice = item / ny / chunks;
+      T* line = packed + 2 * kChunk * ((slice * chunks + chunk) * size + (along_y ? y : y * nx));
+      for (ptrdiff_t lane = 0; lane < kChunk; lane += W) {
+        const ptrdiff_t coil = chunk * kChunk + lane;
+        const int filled = static_cast<int>(coils - coil < W ? (coils > coil ? coils - coil : 0) : W);
+        const T* from = maps + 2 * ((slice * coils + (filled ? coil : 0)) * size + y * nx);
+        T* to = line + 2 * lane;
+        Vec v[W];
+        for (ptrdiff_t x = 0; x < whole; x += W) {
+          load_lanes<T>(from + 2 * x, 2 * size, filled, v);
+          for (ptrdiff_t i = 0; i < W; ++i) store(to + (x + i) * step, v[i]);
+        }
+        for (ptrdiff_t x = whole; x < nx; ++x)
+          for (ptrdiff_t i = 0; i < 2 * W; ++i)
+            to[x * step + i] = i / 2 < filled ? from[2 * (i / 2 * size + x) + i % 2] : T(0);
+      }
+    }
+  });
+}
+
 // sum (+)= the lanes of every element of work; both have room for whole registers of elements.
 template <class T>
 static void add_lanes(const T* work, ptrdiff_t n, T* sum, bool first) {
@@ -110,7 +162,7 @@ static void sense_lines(const SenseJob<T>& job) {
       const T* w = weights.data() + (job.weight_slices > 1 ? slice * n : 0);
       for (ptrdiff_t part = 0; part < parts; ++part) {
         const T* maps = job.maps + 2 * kChunk * (slice * chunks * size + l * n) + part_offset<T>(part, size);
-        normal_pair(plan, FromImage<T>{line, maps}, work.get(), w, ToCoilProduct<T>{work.get(), maps});
+        normal_pair(plan, FromImage<T>{line, maps, 2 * kChunk * n}, work.get(), w, ToCoilProduct<T>{work.get(), maps});
         add_lanes(work.get(), n, sum, part == 0);
       }
       T* out = job.out + 2 * slice * size + l * line_step;
@@ -151,7 +203,8 @@ struct SensePlane {
         turn_line(line, row.get());
         line = row.get();
       }
-      normal_forward(along_x, FromImage<T>{line, maps(y)}, work.get(), ToWork<T>{plane + y * row_stride});
+      normal_forward(along_x, FromImage<T>{line, maps(y), 2 * kChunk * job.nx}, work.get(),
+                     ToPlane<T>{plane + y * row_stride, row_stride});
     }
   }
 
@@ -177,7 +230,8 @@ struct SensePlane {
     std::memset(work.get(), 0, sizeof(T) * (along_x.work + W) * E);
     T* sum = row.get();
     for (ptrdiff_t y = begin; y < end; ++y) {
-      normal_backward(along_x, FromWork<T>{plane + y * row_stride}, work.get(), ToCoilProduct<T>{work.get(), maps(y)});
+      normal_backward(along_x, FromPlane<T>{plane + y * row_stride, maps(y), row_stride, 2 * kChunk * job.nx},
+                      work.get(), ToCoilProduct<T>{work.get(), maps(y)});
       add_lanes(work.get(), job.nx, sum, true);
       if (odd) turn_line(sum, sum);  // the sum is still a conjugate
       T* out = job.out + 2 * (slice * job.ny + y) * job.nx;

@@ -22,6 +22,7 @@ namespace {
 #include "cpu/sense_lanes.h"
 // clang-format on
 }  // namespace
-extern const LaneKernelSet kLanePortable{{fft_rows<float>, sense_lines<float>, sense_planes<float>},
-                                         {fft_rows<double>, sense_lines<double>, sense_planes<double>}};
+extern const LaneKernelSet kLanePortable{
+    {fft_rows<float>, pack_coils<float>, sense_lines<float>, sense_planes<float>},
+    {fft_rows<double>, pack_coils<double>, sense_lines<double>, sense_planes<double>}};
 }  // namespace recon3d

@@ -58,14 +58,8 @@ class SenseMaps:
     def packed(self, along_y: bool = False) -> Tensor:
         """[z, chunk, y, x, 8], or [z, chunk, x, y, 8] for lines along y; made on first use, unused lanes are zero."""
         if along_y not in self._packed:
-            z, coils, ny, nx = self.maps.shape
-            chunks = -(-coils // CHUNK)
-            lines = (nx, ny) if along_y else (ny, nx)
-            out = self.maps.new_zeros(z, chunks, *lines, CHUNK)
-            for c in range(chunks):  # not more than one chunk in transit
-                part = self.maps[:, c * CHUNK : (c + 1) * CHUNK]
-                out[:, c, :, :, : part.shape[1]] = part.permute(0, 3, 2, 1) if along_y else part.permute(0, 2, 3, 1)
-            self._packed[along_y] = out
+            _library.ensure()
+            self._packed[along_y] = torch.ops.recon3d.sense_pack(self.maps, along_y)
         return self._packed[along_y]
 
     def to(self, *args: Any, **kwargs: Any) -> SenseMaps:
@@ -208,6 +202,19 @@ def _compact(mask: Tensor) -> Tensor:
     return mask
 
 
+def _pack_shape(maps: Tensor, along_y: bool) -> tuple[int, ...]:
+    z, coils, ny, nx = maps.shape
+    return (z, -(-coils // CHUNK), *((nx, ny) if along_y else (ny, nx)), CHUNK)
+
+
+def _pack_reference(maps: Tensor, along_y: bool) -> Tensor:
+    out = maps.new_zeros(_pack_shape(maps, along_y))
+    for c in range(out.shape[1]):  # not more than one chunk in transit
+        part = maps[:, c * CHUNK : (c + 1) * CHUNK]
+        out[:, c, :, :, : part.shape[1]] = part.permute(0, 3, 2, 1) if along_y else part.permute(0, 2, 3, 1)
+    return out
+
+
 def _unpack(maps: Tensor, coils: int) -> Tensor:
     """Maps of one slice, [coil, line, element]."""
     return maps.permute(0, 3, 1, 2).flatten(0, 1)[:coils]
@@ -257,6 +264,11 @@ def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
+_library.define(
+    "sense_pack(Tensor maps, bool along_y) -> Tensor",
+    _pack_reference,
+    lambda maps, along_y: maps.new_empty(_pack_shape(maps, along_y)),
+)
 # maps packed; weights real, in FFT order, [1 or z, n] for lines and [1 or z, y, x] or [1 or z, 2 y, 2 x] for planes
 _library.define(
     "sense_lines(Tensor x, Tensor maps, Tensor weights, int coils, bool along_y) -> Tensor",
