@@ -19,17 +19,17 @@ from torch import Tensor
 from recon3d.geometry import Trajectory
 from recon3d.operators.base import LinearOperator, Space
 from recon3d.operators.fourier import centred_fft, centred_ifft
-from recon3d.ops.density import ramp
+from recon3d.ops.density import pipe_menon, ramp
 from recon3d.ops.nufft import NufftPlan, nufft, nufft_adjoint, nufft_normal, nufft_plan, nufft_toeplitz_kernel
 from recon3d.ops.sense import SenseMaps, pack_maps, sense_normal, sense_toeplitz
 
 __all__ = ["CartesianMRI", "MRIOperator", "NonCartesianMRI"]
 
-# coil images that are transformed together, in bytes: enough transforms for all lanes and threads, little memory
-_TOGETHER = {"cpu": 64 * 2**20, "cuda": 2**30}
+# coil images that are transformed together, in bytes (on the host for every thread): more leave the cache
+_TOGETHER = {"cpu": 8 * 2**20, "cuda": 2**30}
 # samples per pixel from which the Toeplitz form of the normal operator is the faster one, and the accuracy from which
-# it always is: 320^2, one core, 8 coils
-_DENSE, _ACCURATE = 1.5, 1e-5
+# it always is: 256^2 and 320^2, 5 and 8 coils, one core with 512-bit vectors
+_DENSE, _ACCURATE = 0.25, 1e-5
 
 
 class MRIOperator(LinearOperator):
@@ -268,7 +268,7 @@ class NonCartesianMRI(MRIOperator):
     def density(self) -> Tensor:
         """Weights of the samples for gridding, in Nyquist cells; broadcast over the range."""
         if self._density is None:
-            made = {t.digest: _density(t, self.eps) for t in self.trajectories}
+            made = {t.digest: _density(t) for t in self.trajectories}
             self._density = self._checked_density(torch.stack([made[t.digest] for t in self.trajectories]))
         return self._density
 
@@ -316,7 +316,8 @@ class NonCartesianMRI(MRIOperator):
     def _parts(self) -> Iterator[tuple[slice | list[int], NufftPlan]]:
         """Slices (or coils of a volume) that share a trajectory, as many as are transformed together."""
         image = math.prod(self.trajectories[0].shape) * self.maps.element_size()
-        budget = _TOGETHER.get(self.maps.device.type, 2**30)
+        kind = self.maps.device.type
+        budget = _TOGETHER.get(kind, 2**30) * (torch.get_num_threads() if kind == "cpu" else 1)
         if self.coupling == "volume" or len(self.trajectories) == 1:
             per = image * (1 if self.coupling == "volume" else self.maps.shape[1])
             step, plan = max(1, budget // per), self._plan(self.trajectories[0])
@@ -376,24 +377,11 @@ def _each(normal: Callable[[Tensor], Tensor], x: Tensor, kind: torch.dtype) -> T
     return torch.stack([normal(part) for part in x.flatten(0, -4)]).reshape(x.shape)
 
 
-def _density(trajectory: Trajectory, eps: float) -> Tensor:
+def _density(trajectory: Trajectory) -> Tensor:
     try:
         return ramp(trajectory)
     except ValueError:  # not spokes
-        return _pipe_menon(nufft_plan(trajectory.points, trajectory.shape, eps=max(eps, 1e-3)))
-
-
-def _pipe_menon(plan: NufftPlan, iterations: int = 15) -> Tensor:
-    """w <- w / (A h A^H w) (Pipe and Menon, MRM 41 (1999) 179), h the tent over the field of view: positive in k-space,
-    and one on a full Cartesian grid."""
-    tent = torch.ones((), device=plan.device)
-    for axis, n in enumerate(plan.shape):
-        line = 1 - (torch.arange(n, device=plan.device) - n // 2).abs() * (2 / n)
-        tent = tent * line.reshape([-1 if a == axis else 1 for a in range(len(plan.shape))])
-    w = torch.ones(plan.n_points, device=plan.device)
-    for _ in range(iterations):
-        w /= nufft(nufft_adjoint(w.to(torch.complex64), plan) * tent, plan).abs().clamp(min=1e-6)
-    return w
+        return pipe_menon(trajectory)
 
 
 @overload
