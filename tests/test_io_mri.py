@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+from dataclasses import fields
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -340,3 +343,10 @@ def test_measured_series(data):
     k = read_kspace(path, merge_frames=True)
     assert k.data.shape == (1, 5, 6 * 34 * 512) and k.grid.shape == (1, 256, 256)
     assert describe(path)["sampling"]["trajectories"] == 6
+
+
+def test_documented_options_exist():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text()
+    table = text.split("## k-space\n")[1].split("### recon3d's layout")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert {field.name for field in fields(KSpaceOptions)} <= named

@@ -343,3 +343,26 @@ def test_measured_radial_equals_its_frame(data):
     assert (a.trajectories[0].points - frame.trajectories[0].points).abs().max() < 4e-6  # float32 in one of them
     with h5py.File(data("raw_mr/brain_radial_vfa_5ch.h5")) as f:
         assert f["flip_angles_deg"][3] == 15
+
+
+def test_a_file_of_the_reference_package(tmp_path):
+    """Written by the ismrmrd package itself."""
+    ismrmrd = pytest.importorskip("ismrmrd")
+    kspace, eye = noise(1, 2, 20, 24), np.eye(3)
+    file = ismrmrd.Dataset(str(tmp_path / "a.h5"), "dataset", create_if_needed=True)
+    file.write_xml_header(ismrmrd_header().encode())
+    for line in range(20):
+        a = ismrmrd.Acquisition.from_array(kspace[0, :, line])
+        a.idx.kspace_encode_step_1, a.center_sample = line, 12
+        for k in range(3):
+            a.read_dir[k], a.phase_dir[k], a.slice_dir[k] = eye[0][k], eye[1][k], eye[2][k]
+        a.position[2] = 7.0
+        if line == 3:
+            a.set_flag(ismrmrd.ACQ_IS_NAVIGATION_DATA)
+        file.append_acquisition(a)
+    file.close()
+    k = read_kspace(tmp_path / "a.h5", crop_readout=False)
+    want = kspace.copy()
+    want[:, :, 3] = 0
+    assert np.array_equal(k.data.numpy(), want) and k.mask[3].max() == 0
+    assert (k.grid.matrix() @ [12, 10, 0, 1])[:3].tolist() == [0, 0, 7]
