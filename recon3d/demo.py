@@ -1,4 +1,4 @@
-"""The demonstration: real CT jobs from start to end, each beside filtered back projection, SIRT and tuned TV.
+"""The demonstration: real jobs from start to end, each beside its classical rivals; the MRI ones are in demo_mri.py.
 
 The chest is a real scan that ships with the package and that no packaged prior was trained on; its sparse, noisy
 sinogram is simulated on a finer grid than any reconstruction uses. Files of measured projections are cut to a few of
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recon3d import baselines
+from recon3d import baselines, demo_mri
 from recon3d.api import reconstruct
 from recon3d.engine.events import Listener
+from recon3d.engine.scan import modality_of
 from recon3d.geometry import FanBeam, GeometryWarning, ParallelBeam, ScanGeometry, VolumeGrid, equiangular
 from recon3d.io import demo_volume_path, read_nifti, read_projections, write_nifti
 from recon3d.io.atomic import atomic_write
@@ -83,27 +84,30 @@ class DemoJob:
 
 
 def run(output: Path, files: list[Path], say: Say, listener: Listener, quick: bool = False) -> dict[str, Any]:
-    """Run the chest and one job per measured file; one folder each below `output`, and a summary beside them.
+    """Run chest, brain and one job per measured file; one folder each below `output`, and a summary beside them.
 
     Args:
         output: folder of all jobs.
-        files: files of measured projections, any format `read_projections` reads.
+        files: files of measured projections or k-space, any format `read_measurement` reads.
         say: called with a line or a table for the user.
         listener: called with the events of the reconstructions.
-        quick: a slab of the chest only.
+        quick: a slab of the chest, and one acceleration of the brain.
 
     Returns:
         The figures by job and method, as written to summary.json.
     """
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
-    makers: list[Callable[[], DemoJob]] = [lambda: chest(slices=8 if quick else None)]
+    makers: list[Callable[[], DemoJob | demo_mri.KSpaceJob]] = [lambda: chest(slices=8 if quick else None)]
+    makers += [lambda a=a: demo_mri.brain(a) for a in ((4,) if quick else (4, 8))]  # type: ignore[misc]
     makers += [lambda path=path: measured(path) for path in files]  # type: ignore[misc]
     summary: dict[str, Any] = {}
     for make in makers:
-        job = make()
+        job, before = make(), time.perf_counter()
         say(f"{job.name}: {job.title}")
-        summary[job.name] = run_one(job, output / job.name, say, listener)
+        run_job = run_one if isinstance(job, DemoJob) else demo_mri.run_one
+        summary[job.name] = run_job(job, output / job.name, say, listener)  # type: ignore[operator]
+        say(f"  {job.name}: {time.perf_counter() - before:.0f} s")
     _write_json(output / "summary.json", summary)
     say(f"all jobs: {time.perf_counter() - started:.0f} s; pictures and volumes are in {output}")
     return summary
@@ -140,8 +144,11 @@ def chest(views: int = 40, photons: float = 5e4, seed: int = 0, slices: int | No
     )
 
 
-def measured(path: Path) -> DemoJob:
-    """A file of measured projections, cut to a sixth (parallel beam) or a twelfth (fan beam) of its views."""
+def measured(path: Path) -> DemoJob | demo_mri.KSpaceJob:
+    """A file of measurements, cut to a part: projections to a sixth (parallel beam) or a twelfth (fan beam) of their
+    views, trajectories to a sixth of their spokes, Cartesian k-space to a quarter of its columns."""
+    if modality_of(path) == "mri":
+        return demo_mri.measured(path)
     full = read_projections(path, **_KNOWN.get(path.name, {}))
     fan = isinstance(full.geometry, FanBeam)
     step = 12 if fan else 6
@@ -281,12 +288,13 @@ def typical_attenuation(image: Tensor) -> float:
 
 
 def default_measured() -> list[Path]:
-    """Files of measured projections at hand: in $RECON3D_DATA, else in ../shared/data beside a checkout."""
+    """Files of measurements at hand: in $RECON3D_DATA, else in ../shared/data beside a checkout."""
     import os
 
     candidates = [os.environ.get("RECON3D_DATA"), str(Path(__file__).resolve().parents[2] / "shared" / "data")]
     for root in filter(None, candidates):
         found = [Path(root) / "raw_ct" / name for name in _KNOWN]
+        found += [Path(root) / "raw_mr" / name for name in demo_mri.KNOWN]
         if any(path.exists() for path in found):
             return [path for path in found if path.exists()]
     return []

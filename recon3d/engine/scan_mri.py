@@ -29,7 +29,7 @@ from recon3d.operators.base import LinearOperator
 from recon3d.operators.coils import apply_coils, compress_coils, noise_covariance, outer_noise, prewhiten
 from recon3d.operators.espirit import espirit
 from recon3d.operators.fourier import centred_fft
-from recon3d.operators.mri import CartesianMRI
+from recon3d.operators.mri import CartesianMRI, MRIOperator, NonCartesianMRI
 from recon3d.operators.noise import GaussianNoise
 from recon3d.priors.base import Prior
 from recon3d.priors.complex import complex_prior
@@ -114,7 +114,7 @@ class MRIScan(Scan):
         return self._operator
 
     @cached_property
-    def _operator(self) -> LinearOperator:
+    def _operator(self) -> MRIOperator:
         maps = self.maps.to(self.device)
         if self.mask is not None:
             return CartesianMRI(self.mask.to(self.device), maps)
@@ -127,16 +127,17 @@ class MRIScan(Scan):
         mask, trajectories = self.mask, self.trajectories
         if trajectories is not None and len(trajectories) > 1:
             trajectories = trajectories[first:end]
-        return replace(
+        part = replace(
             self,
             y=self.y[first:end],
             maps=self.maps[first:end],
             mask=mask[first:end] if mask is not None and mask.ndim == 3 else mask,
-            trajectories=trajectories[first:end]
-            if trajectories is not None and len(trajectories) > 1
-            else trajectories,
+            trajectories=trajectories,
             grid=self.grid.slab(first, end),
         )
+        # it shares the plans of the whole
+        part.__dict__["_operator"] = self._operator.slab(first, end)
+        return part
 
     def weights(self) -> Tensor | None:
         # sigma is that of a real component, and so is the noise of a complex state
@@ -419,19 +420,18 @@ def _made_maps(kspace: KSpace, y: Tensor, calibration: int) -> Tensor:
     if kspace.mask is not None:
         return espirit(y, calibration)
     assert kspace.trajectories is not None
-    # coil by coil onto the grid; the centre of k-space is dense in every trajectory that has one
+    # coil images on the grid; the centre of k-space is dense in every trajectory that has one
     z, rows, columns = kspace.grid.shape
-    one = torch.ones((1, z, rows, columns) if kspace.is_volume else (z, 1, rows, columns), dtype=torch.complex64)
-    operator = _noncartesian(kspace.trajectories, one)
-    coils = [operator.pinv(y[c : c + 1] if kspace.is_volume else y[:, c : c + 1]) for c in range(kspace.n_coils)]
-    images = torch.stack(coils, 1)  # [z, coil, y, x]
+    coils = y.shape[0 if kspace.is_volume else 1]
+    one = torch.ones((coils, z, rows, columns) if kspace.is_volume else (z, coils, rows, columns), dtype=y.dtype)
+    images = _noncartesian(kspace.trajectories, one).coil_images(y)
+    if kspace.is_volume:
+        images = images.movedim(0, 1)  # [z, coil, y, x]
     maps = espirit(centred_fft(images), calibration)
     return maps.movedim(1, 0).contiguous() if kspace.is_volume else maps
 
 
-def _noncartesian(trajectories: Sequence[Trajectory], maps: Tensor) -> LinearOperator:
-    from recon3d.operators.mri import NonCartesianMRI
-
+def _noncartesian(trajectories: Sequence[Trajectory], maps: Tensor) -> MRIOperator:
     return NonCartesianMRI(trajectories[0] if len(trajectories) == 1 else list(trajectories), maps)
 
 
