@@ -105,8 +105,10 @@ def run(output: Path, files: list[Path], say: Say, listener: Listener, quick: bo
     for make in makers:
         job, before = make(), time.perf_counter()
         say(f"{job.name}: {job.title}")
-        run_job = run_one if isinstance(job, DemoJob) else demo_mri.run_one
-        summary[job.name] = run_job(job, output / job.name, say, listener)  # type: ignore[operator]
+        if isinstance(job, DemoJob):
+            summary[job.name] = run_one(job, output / job.name, say, listener)
+        else:
+            summary[job.name] = demo_mri.run_one(job, output / job.name, say, listener)
         say(f"  {job.name}: {time.perf_counter() - before:.0f} s")
     _write_json(output / "summary.json", summary)
     say(f"all jobs: {time.perf_counter() - started:.0f} s; pictures and volumes are in {output}")

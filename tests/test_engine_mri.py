@@ -31,6 +31,15 @@ from recon3d.renoise import DDIM, Renoise
 from recon3d.trajectory import descend
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small images: on a busy machine threads wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_parts_of_a_complex_volume_are_the_real_thing_twice():
     """Noise, renoising and shrinking work on real and imaginary parts as on neighbouring columns."""
     generator = torch.Generator().manual_seed(1)

@@ -16,8 +16,12 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder; one folder per job goes in it.")],
-    measured: Annotated[list[Path] | None, typer.Option("--measured", help="File of measured projections or k-space.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few slices of the chest, one acceleration of the brain.")] = False,
+    measured: Annotated[
+        list[Path] | None, typer.Option("--measured", help="File of measured projections or k-space.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few slices of the chest, one acceleration of the brain.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     """Reconstruct a chest from few noisy views, a brain from undersampled k-space, and measured files."""
