@@ -14,6 +14,7 @@ import csv
 import datetime
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -230,29 +231,38 @@ def whole_job(path: Path, device: str, slices: int = 64, size: int = 256, overri
     with tempfile.TemporaryDirectory() as folder:
         scan, out = Path(folder) / "head.h5", Path(folder) / "run"
         write_kspace_hdf5(scan, KSpace(y, mask.expand(size, size).contiguous(), None, grid))
-        wall = time.perf_counter()
+        wall, cpu = time.perf_counter(), _children_cpu()
         command = [sys.executable, "-m", "recon3d", "recon", "-i", str(scan), "-o", str(out), "--recipe", "mri", "-q"]
         command += ["--prior", "mr", "--device", device, *overrides]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
-        wall = time.perf_counter() - wall
+        wall, cpu = time.perf_counter() - wall, _children_cpu() - cpu
         timings = json.loads((out / "manifest.json").read_text())["timings"]
         volume, _ = read_nifti(out / "volume.nii.gz")
     inside = (head > 0.05 * head.max()).numpy()
     figure = psnr(volume.numpy(), head.numpy(), float(head.max()), inside)
-    share = timings["cpu_outside_network_share"]
+    # of everything the process does: start, reading, coil maps, the loop, writing
+    share = 1 - timings["cpu_network_s"] / cpu
     case = f"file to NIfTI, {slices} x {size}², {COILS} coils, x4"
-    print(f"{case}: {wall:.0f} s, {100 * share:.1f} % of the processor time outside the network, {figure:.2f} dB")
-    print(json.dumps(timings, indent=1))
+    print(
+        f"{case}: {wall:.0f} s, {cpu:.0f} s of processor time, {100 * share:.1f} % of it outside the network "
+        f"({100 * timings['cpu_outside_network_share']:.1f} % in the loop alone), {figure:.2f} dB"
+    )
+    print(json.dumps(timings))
     if share > OUTSIDE_LIMIT:
         print(
             f"{case}: more than {100 * OUTSIDE_LIMIT:.0f} % of the time is spent outside the network", file=sys.stderr
         )
     return Row(
         op="job_mri", case=case, direction="file to NIfTI", device=device, ours_ms=1e3 * wall,
-        ours_cpu_ms=float("nan"), rival="share outside the network", rival_ms=float("nan"), rival_cpu_ms=float("nan"),
+        ours_cpu_ms=1e3 * cpu, rival="share outside the network", rival_ms=float("nan"), rival_cpu_ms=float("nan"),
         ratio=share, cpu_ratio=share, ours_error=figure, rival_error=float("nan"),
         peak_mb=float("nan"), rival_peak_mb=float("nan"),
     )  # fmt: skip
+
+
+def _children_cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _record(case: str, figures: dict[str, tuple[float, float]], seconds: dict[str, tuple[float, float]]) -> None:

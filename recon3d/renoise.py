@@ -90,7 +90,7 @@ class Full:
 
     Attributes:
         prior_std: (user units) adds the variance that a mean estimate lacks.
-        amount: part of sigma' that is drawn afresh; below 1, the error that the estimate already has counts as the rest.
+        amount: part of sigma' that is drawn afresh; below 1, the error the estimate already has counts as the rest.
     """
 
     prior_std: float | None = None
