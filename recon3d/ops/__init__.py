@@ -4,6 +4,8 @@ from recon3d.ops.cg import cg_step_
 from recon3d.ops.density import density_compensation
 from recon3d.ops.dot import dot
 from recon3d.ops.fbp import fbp
+from recon3d.ops.nufft import nufft, nufft_adjoint, nufft_normal, nufft_toeplitz_kernel
+from recon3d.ops.nufft_plan import NufftPlan, nufft_plan
 from recon3d.ops.philox import NoiseKey, philox4x32, philox_bits, philox_normal
 from recon3d.ops.radon import radon, radon_adjoint
 from recon3d.ops.ramp_filter import ramp_filter
@@ -15,11 +17,17 @@ from recon3d.ops.tvz import tvz_adjoint, tvz_diff, tvz_normal, tvz_update, tvz_u
 __all__ = [
     "DataTerm",
     "NoiseKey",
+    "NufftPlan",
     "SenseMaps",
     "cg_step_",
     "density_compensation",
     "dot",
     "fbp",
+    "nufft",
+    "nufft_adjoint",
+    "nufft_normal",
+    "nufft_plan",
+    "nufft_toeplitz_kernel",
     "pack_maps",
     "philox4x32",
     "philox_bits",

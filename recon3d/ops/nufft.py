@@ -415,7 +415,8 @@ def _reference_points_vjp(
     out = weights.new_empty(len(order), d)
     for a in range(d):
         mixed = [slopes[:, b] if b == a else weights[:, b] for b in range(d)]
-        out[order.long(), a] = (_interpolate(cells, first, mixed, grid) * sorted_y.conj()).real.sum(0)
+        change = _interpolate(cells, first, mixed, grid)
+        out[order.long(), a] = (change.real * sorted_y.real + change.imag * sorted_y.imag).sum(0)
     return out
 
 
