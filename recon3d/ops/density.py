@@ -29,9 +29,10 @@ _SAME_RADIUS = 1e-5
 _SAME_ANGLE = 5e-5
 # Nyquist distances a sample may lie beside its spoke
 _BESIDE = 0.1
-# a kernel 1.7 Nyquist cells to either side, whatever the plan in use. Narrower ones see the gaps of a Cartesian grid
-# (with oversampling 2 and 4 taps its weights are 0.91), wider ones settle more slowly (1 % of offset after 30 rounds)
-_EPS, _OVERSAMPLING = 5e-4, 1.5
+# a kernel of 6 taps, 1.5 Nyquist cells to either side, whatever the plan in use. Narrower ones see the gaps of a
+# Cartesian grid (its weights are 0.97 with 5 taps, 0.99 with 6), wider ones settle slowly: 320 x 320 pixels, 402 spokes
+# of 640, gridded Shepp-Logan, 30 iterations: error 6.4 % (areas: 6.5 %), with oversampling 1.5 and 5 taps 9.2 %
+_EPS, _OVERSAMPLING = 3e-5, 2.0
 # of the second moments of directions in 3D, which are 1/3
 _UNEVEN = 0.1
 
@@ -53,8 +54,8 @@ def density_compensation(
         ValueError: an unknown method, no iterations, or "ramp" for samples that do not lie on spokes.
 
     >>> from recon3d.geometry.mri import cartesian
-    >>> density_compensation(cartesian((8, 8))).mean().round(decimals=3).item()
-    1.0
+    >>> round(density_compensation(cartesian((8, 8))).mean().item(), 2)
+    0.99
     """
     if method == "pipe_menon":
         return pipe_menon(samples, iterations)
@@ -75,7 +76,7 @@ def pipe_menon(samples: Trajectory | NufftPlan, iterations: int = 30) -> Tensor:
 
     Args:
         samples: a trajectory, or the plan made of one.
-        iterations: at least one; after 30 a fully sampled image is right to 0.3 %.
+        iterations: at least one; after 30 a fully sampled image is right to 1 %.
 
     Returns:
         [M] float32 in the order of the samples, on the plan's device.
