@@ -114,8 +114,9 @@ CASES = [
     Case("line", scattered(600, 1), (50,), 1e-4),
     Case("kooshball", radial(60, 24, 3), (12, 12, 12)),
     Case("volume", border(600, 3), (7, 10, 9), 1e-4),
+    Case("tall-volume", border(900, 3), (70, 6, 37), 1e-3),
 ]
-SOME = [c for c in CASES if c.name in ("radial", "border", "few-pixels", "volume", "radial-fine")]
+SOME = [c for c in CASES if c.name in ("radial", "border", "few-pixels", "volume", "tall-volume", "radial-fine")]
 
 
 @pytest.fixture(params=["best", "avx2", "portable"])

@@ -111,6 +111,7 @@ Tensor nufft(const Tensor& x, const Tensor& order, const Tensor& first, const Te
   if (images) {
     RECON3D_NUFFT(x, "nufft", {
       const auto points = plan.points<scalar_t>("nufft", last_axes(x, d), grid, tile);
+      wish_large_pages(out<scalar_t>(y), sizeof(scalar_t) * 2 * y.numel());
       kernels.forward({&points, images, false, in<scalar_t>(xc), out<scalar_t>(y), nullptr}, all_threads());
     })
   }
@@ -128,6 +129,7 @@ Tensor nufft_adjoint(const Tensor& y, const Tensor& order, const Tensor& first, 
   if (images) {
     RECON3D_NUFFT(y, "nufft_adjoint", {
       const auto points = plan.points<scalar_t>("nufft_adjoint", shape, grid, tile);
+      wish_large_pages(out<scalar_t>(x), sizeof(scalar_t) * 2 * x.numel());
       kernels.adjoint({&points, images, false, in<scalar_t>(yc), out<scalar_t>(x), nullptr}, all_threads());
     })
   }
@@ -141,9 +143,9 @@ Tensor nufft_normal(const Tensor& x, const Tensor& density, const Tensor& order,
   STD_TORCH_CHECK(x.dim() >= d, "nufft_normal: x must be [..., [z,] y, x]");
   const Plan plan(order, first, weights, scale, tiles);
   const Tensor xc = torch::stable::contiguous(x), dc = torch::stable::contiguous(density);
-  STD_TORCH_CHECK(dc.scalar_type() == plan.weights.scalar_type() &&
-                      (dc.numel() == 0 || dc.numel() == plan.order.numel()),
-                  "nufft_normal: density must be [M] real in the precision of x, or empty");
+  STD_TORCH_CHECK(
+      dc.scalar_type() == plan.weights.scalar_type() && (dc.numel() == 0 || dc.numel() == plan.order.numel()),
+      "nufft_normal: density must be [M] real in the precision of x, or empty");
   int64_t images;
   Tensor result = torch::stable::new_empty(x, with_tail(x, 0, {}, &images));
   images = 1;
@@ -151,9 +153,10 @@ Tensor nufft_normal(const Tensor& x, const Tensor& density, const Tensor& order,
   if (images) {
     RECON3D_NUFFT(x, "nufft_normal", {
       const auto points = plan.points<scalar_t>("nufft_normal", last_axes(x, d), grid, tile);
-      kernels.normal({&points, images, false, in<scalar_t>(xc), out<scalar_t>(result),
-                      dc.numel() ? in<scalar_t>(dc) : nullptr},
-                     all_threads());
+      wish_large_pages(out<scalar_t>(result), sizeof(scalar_t) * 2 * result.numel());
+      kernels.normal(
+          {&points, images, false, in<scalar_t>(xc), out<scalar_t>(result), dc.numel() ? in<scalar_t>(dc) : nullptr},
+          all_threads());
     })
   }
   return result;

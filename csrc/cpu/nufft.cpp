@@ -41,6 +41,16 @@ Pool& pool() {
 }
 }  // namespace
 
+void wish_large_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + 4095) / 4096 * 4096;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / 4096 * 4096;
+  if (end > begin && end - begin >= kPage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 NufftScratch::NufftScratch(size_t bytes) : memory_(nullptr), bytes_((bytes + kPage - 1) / kPage * kPage) {
   {
     Pool& p = pool();
@@ -58,9 +68,7 @@ NufftScratch::NufftScratch(size_t bytes) : memory_(nullptr), bytes_((bytes + kPa
   }
   memory_ = std::aligned_alloc(kPage, bytes_ ? bytes_ : kPage);
   if (!memory_) throw std::bad_alloc();
-#ifdef __linux__
-  madvise(memory_, bytes_, MADV_HUGEPAGE);  // columns of the grid touch a page per row; a wish, so no check
-#endif
+  wish_large_pages(memory_, bytes_);  // columns of the grid touch a page per row, too
 }
 
 NufftScratch::~NufftScratch() {
@@ -98,8 +106,8 @@ void nufft_sort_cpu(const double* points, int64_t count, int axes, const int64_t
       double beyond = 0;
       if (g > 1) {
         // as the reference writes it, so that both plans agree to the last bit
-        const double left =
-            points[q * axes + a] * (static_cast<double>(g) / (2 * pi)) + std::floor(static_cast<double>(g) / 2) - 0.5 * width;
+        const double left = points[q * axes + a] * (static_cast<double>(g) / (2 * pi)) +
+                            std::floor(static_cast<double>(g) / 2) - 0.5 * width;
         const double whole = std::ceil(left);
         beyond = (whole - left) * 2 - 1;
         tap = static_cast<int64_t>(whole) % g;

@@ -19,15 +19,15 @@ struct NufftThreads {
 template <class T>
 struct NufftPoints {
   int64_t count;
-  int axes;                // columns of first and of weights: 1 to 3, the last ones of n, g and taps
-  int width;               // row of weights per axis
-  int tile;                // edge of a tile
+  int axes;   // columns of first and of weights: 1 to 3, the last ones of n, g and taps
+  int width;  // row of weights per axis
+  int tile;   // edge of a tile
   int n[3], g[3], taps[3];
-  const int32_t* order;    // [count] place of each point in the caller's data
-  const int32_t* first;    // [count, axes] first tap, in [0, g)
-  const int32_t* tiles;    // [tiles + 1] where the points of each tile start
-  const T* weights;        // [count, axes, width]
-  const T* scale[3];       // [n] each
+  const int32_t* order;  // [count] place of each point in the caller's data
+  const int32_t* first;  // [count, axes] first tap, in [0, g)
+  const int32_t* tiles;  // [tiles + 1] where the points of each tile start
+  const T* weights;      // [count, axes, width]
+  const T* scale[3];     // [n] each
 
   int64_t pixels() const { return static_cast<int64_t>(n[0]) * n[1] * n[2]; }
 };
@@ -60,6 +60,10 @@ extern const NufftKernelSet* const kNufftAvx2;  // null where the compiler canno
 extern const NufftKernelSet* const kNufftAvx512;
 const NufftKernelSet& nufft_kernels();  // those for this processor (lane_level)
 
+// Asks for large pages behind [memory, memory + bytes), which was not touched yet: a first touch costs a page fault,
+// and 4 KB at a time those of a large output take as long as the transform. Only a wish; small ranges are left alone.
+void wish_large_pages(void* memory, size_t bytes);
+
 // 64-byte aligned memory on large pages, from a pool that keeps a bounded amount between calls; contents arbitrary.
 class NufftScratch {
  public:
@@ -77,7 +81,8 @@ class NufftScratch {
   size_t bytes_;
 };
 
-// ---- planning ---------------------------------------------------------------------------------------------------------
+// ---- planning
+// ---------------------------------------------------------------------------------------------------------
 
 // points [count, axes] radians -> order, first, fraction and tiles of NufftPlan (recon3d/ops/nufft_plan.py).
 void nufft_sort_cpu(const double* points, int64_t count, int axes, const int64_t* grid, int width, int tile,

@@ -396,11 +396,13 @@ static PointKernels<T> point_kernels(int width) {
 }
 template <class T>
 static PointKernels<T> point_kernels(const NufftPoints<T>& p) {
-  const bool plain = p.taps[3 - p.axes] == p.width && p.taps[1] == p.width && p.taps[2] == p.width;
-  if (plain && p.axes == 3) return point_kernels<T, 3>(p.width);
-  if (plain && p.axes == 2) return point_kernels<T, 2>(p.width);
+  const bool plain = p.axes == 2 && p.taps[1] == p.width && p.taps[2] == p.width;
+  if (plain) return point_kernels<T, 2>(p.width);
   return {interpolate<T, 2, 0>, spread<T, 2, 0>};
 }
+
+// three axes, by Border, Taps and the passes above
+#include "cpu/nufft_volume.h"
 
 // ---- whole transforms -----------------------------------------------------------------------------------------------
 
@@ -408,8 +410,8 @@ static PointKernels<T> point_kernels(const NufftPoints<T>& p) {
 template <class T, class F>
 static void each_register(const NufftJob<T>& job, const NufftThreads& threads, const F& body) {
   const int64_t registers = (job.images + Lanes<T>::W - 1) / Lanes<T>::W;
-  const NufftThreads alone{[](int64_t n, void (*piece)(void*, int64_t, int64_t), void* context) { piece(context, 0, n); },
-                           1};
+  const NufftThreads alone{
+      [](int64_t n, void (*piece)(void*, int64_t, int64_t), void* context) { piece(context, 0, n); }, 1};
   if (registers < threads.threads) {
     for (int64_t r = 0; r < registers; ++r) body(r, threads);
   } else {
@@ -424,7 +426,8 @@ template <class T, class Q>
 static Border<Q> border(const NufftJob<T>& job, Q* data, int64_t size, int64_t r) {
   constexpr int64_t W = Lanes<T>::W;
   const int64_t image = r * W;
-  if (job.lanes) return {data + 2 * (image / kChunk * size * kChunk + image % kChunk), 2, 2 * kChunk, static_cast<int>(W)};
+  if (job.lanes)
+    return {data + 2 * (image / kChunk * size * kChunk + image % kChunk), 2, 2 * kChunk, static_cast<int>(W)};
   return {data + 2 * image * size, 2 * size, 2, static_cast<int>(job.images - image < W ? job.images - image : W)};
 }
 
@@ -440,23 +443,40 @@ static void spread_all(const NufftPoints<T>& p, const Grid<T>& grid, const T* y,
   });
 }
 
+// Samples, in the order of the tiles or in places `order`, `step` reals apart, of a register of images.
+template <class T>
+static void to_samples(const NufftPoints<T>& p, const Border<const T>& x, T* y, ptrdiff_t step, const int32_t* order,
+                       const NufftThreads& run) {
+  if (is_volume(p)) return volume_to_samples(p, x, y, step, order, run);
+  NufftScratch memory(Grid<T>::bytes(p));
+  Grid<T> grid(p);
+  grid.cells = memory.template as<T>();
+  to_grid(p, x, grid, run);
+  const PointKernels<T> kernels = point_kernels(p);
+  run_all(run, p.count, [&](int64_t begin, int64_t end) { kernels.interpolate(p, grid, y, step, order, begin, end); });
+}
+template <class T>
+static void from_samples(const NufftPoints<T>& p, const T* y, ptrdiff_t step, const int32_t* order, const Border<T>& x,
+                         const NufftThreads& run) {
+  if (is_volume(p)) return samples_to_volume(p, y, step, order, x, run);
+  NufftScratch memory(Grid<T>::bytes(p));
+  Grid<T> grid(p);
+  grid.cells = memory.template as<T>();
+  spread_all(p, grid, y, step, order, run);
+  from_grid(p, grid, x, run);
+}
+
 template <class T>
 static void nufft_forward(const NufftJob<T>& job, const NufftThreads& threads) {
   constexpr ptrdiff_t E = Lanes<T>::kReals;
   const NufftPoints<T>& p = *job.points;
   each_register(job, threads, [&](int64_t r, const NufftThreads& run) {
-    NufftScratch memory(Grid<T>::bytes(p)), samples(job.lanes ? 1 : sizeof(T) * E * static_cast<size_t>(p.count));
-    Grid<T> grid(p);
-    grid.cells = memory.template as<T>();
-    to_grid(p, border<T>(job, job.in, p.pixels(), r), grid, run);
+    NufftScratch samples(job.lanes ? 1 : sizeof(T) * E * static_cast<size_t>(p.count));
     const Border<T> y = border<T>(job, job.out, p.count, r);
-    const PointKernels<T> kernels = point_kernels(p);
-    T* const buffer = job.lanes ? y.data : samples.template as<T>();
-    const ptrdiff_t step = job.lanes ? y.element : E;
-    run_all(run, p.count, [&](int64_t begin, int64_t end) {
-      kernels.interpolate(p, grid, buffer, step, job.lanes ? nullptr : p.order, begin, end);
-    });
-    if (job.lanes) return;
+    const Border<const T> x = border<T>(job, job.in, p.pixels(), r);
+    if (job.lanes) return to_samples(p, x, y.data, y.element, nullptr, run);
+    T* const buffer = samples.template as<T>();
+    to_samples(p, x, buffer, E, p.order, run);
     run_all(run, p.count, [&](int64_t begin, int64_t end) {
       write_border<T>(y, begin, end, [&](ptrdiff_t i) { return load(buffer + i * E); });
     });
@@ -468,20 +488,15 @@ static void nufft_adjoint(const NufftJob<T>& job, const NufftThreads& threads) {
   constexpr ptrdiff_t E = Lanes<T>::kReals;
   const NufftPoints<T>& p = *job.points;
   each_register(job, threads, [&](int64_t r, const NufftThreads& run) {
-    NufftScratch memory(Grid<T>::bytes(p)), samples(job.lanes ? 1 : sizeof(T) * E * static_cast<size_t>(p.count));
-    Grid<T> grid(p);
-    grid.cells = memory.template as<T>();
+    NufftScratch samples(job.lanes ? 1 : sizeof(T) * E * static_cast<size_t>(p.count));
     const Border<const T> y = border<T>(job, job.in, p.count, r);
-    const T* from = y.data;
-    if (!job.lanes) {
-      T* const buffer = samples.template as<T>();
-      run_all(run, p.count, [&](int64_t begin, int64_t end) {
-        read_border<T>(y, begin, end, [&](ptrdiff_t i, typename Lanes<T>::Vec v) { store(buffer + i * E, v); });
-      });
-      from = buffer;
-    }
-    spread_all(p, grid, from, job.lanes ? y.element : E, job.lanes ? nullptr : p.order, run);
-    from_grid(p, grid, border<T>(job, job.out, p.pixels(), r), run);
+    const Border<T> x = border<T>(job, job.out, p.pixels(), r);
+    if (job.lanes) return from_samples(p, y.data, y.element, nullptr, x, run);
+    T* const buffer = samples.template as<T>();
+    run_all(run, p.count, [&](int64_t begin, int64_t end) {
+      read_border<T>(y, begin, end, [&](ptrdiff_t i, typename Lanes<T>::Vec v) { store(buffer + i * E, v); });
+    });
+    from_samples<T>(p, buffer, E, p.order, x, run);
   });
 }
 
@@ -490,19 +505,14 @@ static void nufft_normal(const NufftJob<T>& job, const NufftThreads& threads) {
   constexpr ptrdiff_t E = Lanes<T>::kReals;
   const NufftPoints<T>& p = *job.points;
   each_register(job, threads, [&](int64_t r, const NufftThreads& run) {
-    NufftScratch memory(Grid<T>::bytes(p)), samples(sizeof(T) * E * static_cast<size_t>(p.count));
-    Grid<T> grid(p);
-    grid.cells = memory.template as<T>();
+    NufftScratch samples(sizeof(T) * E * static_cast<size_t>(p.count));
     T* const buffer = samples.template as<T>();
-    to_grid(p, border<T>(job, job.in, p.pixels(), r), grid, run);
-    const PointKernels<T> kernels = point_kernels(p);
-    run_all(run, p.count, [&](int64_t begin, int64_t end) {
-      kernels.interpolate(p, grid, buffer, E, nullptr, begin, end);
-      if (job.density)
+    to_samples(p, border<T>(job, job.in, p.pixels(), r), buffer, E, nullptr, run);
+    if (job.density)
+      run_all(run, p.count, [&](int64_t begin, int64_t end) {
         for (int64_t q = begin; q < end; ++q)
           store(buffer + q * E, load(buffer + q * E) * splat(job.density[p.order[q]]));
-    });
-    spread_all(p, grid, static_cast<const T*>(buffer), E, nullptr, run);
-    from_grid(p, grid, border<T>(job, job.out, p.pixels(), r), run);
+      });
+    from_samples<T>(p, buffer, E, nullptr, border<T>(job, job.out, p.pixels(), r), run);
   });
 }
