@@ -343,7 +343,8 @@ def covariance_of(
         covariance *= dwell_us[0] / (dwell_us[1] * scan.header.noise_bandwidth)
     else:
         notes.append("the noise scans' bandwidth is not recorded; it is taken to be that of the image")
-    return covariance.astype(np.complex64)
+    with np.errstate(all="ignore"):  # what overflows is reported as not finite
+        return covariance.astype(np.complex64)
 
 
 # ---- Cartesian -----------------------------------------------------------------------------------------------------
