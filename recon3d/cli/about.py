@@ -87,7 +87,8 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return "".join(f"\n    {name}  {_shown(inner)}" for name, inner in value.items())
     if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (list, tuple, dict)):
-        return " x ".join(f"{v:.5g}" if isinstance(v, float) else str(v) for v in value)
+        between = "; " if isinstance(value[0], str) else " x "
+        return between.join(f"{v:.5g}" if isinstance(v, float) else str(v) for v in value)
     return str(value)
 
 
