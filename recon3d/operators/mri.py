@@ -18,7 +18,7 @@ from torch import Tensor
 
 from recon3d.geometry import Trajectory
 from recon3d.operators.base import LinearOperator, Space
-from recon3d.operators.fourier import centred_fft, centred_ifft
+from recon3d.operators.fourier import centred_ifft
 from recon3d.ops.density import pipe_menon, ramp
 from recon3d.ops.nufft import NufftPlan, nufft, nufft_adjoint, nufft_normal, nufft_plan, nufft_toeplitz_kernel
 from recon3d.ops.sense import SenseMaps, pack_maps, sense_normal, sense_toeplitz
@@ -100,13 +100,17 @@ class CartesianMRI(MRIOperator):
         slices, coils, ny, nx = maps.shape
         self.domain = Space((slices, ny, nx), torch.complex64, "1")
         self.range = Space((slices, coils, ny, nx), torch.complex64, "1")
+        # shifts of image and k-space as phases, which cost less than moving the data
+        self._turn, self._shift = (part.to(maps.device) for part in _centring(ny, nx))
 
     def forward(self, x: Tensor) -> Tensor:
         """M F S x: [..., z, y, x] -> [..., z, coil, ky, kx], slice by slice."""
         _check_shape("CartesianMRI", "the volume", x, self.domain.shape)
         out = x.new_empty((*x.shape[:-3], *self.range.shape), dtype=torch.promote_types(x.dtype, self.maps.dtype))
+        x = x * self._turn.to(out.dtype)
         for k in range(x.shape[-3]):
-            out[..., k, :, :, :] = centred_fft(x[..., k, None, :, :] * self.maps[k]) * self._rows(k)
+            rows = torch.fft.fft2(x[..., k, None, :, :] * self.maps[k], norm="ortho")
+            out[..., k, :, :, :] = rows.mul_(self._sampled(k, out.dtype))
         return out
 
     def adjoint(self, y: Tensor) -> Tensor:
@@ -115,9 +119,9 @@ class CartesianMRI(MRIOperator):
         kind = torch.promote_types(y.dtype, self.maps.dtype)
         out = y.new_empty((*y.shape[:-4], *self.domain.shape), dtype=kind)
         for k in range(y.shape[-4]):
-            images = centred_ifft(y[..., k, :, :, :] * self._rows(k))
-            out[..., k, :, :] = (images * self.maps[k].conj()).sum(-3)
-        return out
+            images = torch.fft.ifft2(y[..., k, :, :, :] * self._sampled(k, kind).conj(), norm="ortho")
+            out[..., k, :, :] = images.mul_(self.maps[k].conj()).sum(-3)
+        return out.mul_(self._turn.conj().to(kind))
 
     def normal(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """A^H W A x without k-space in memory, unless the weights differ from coil to coil."""
@@ -151,6 +155,10 @@ class CartesianMRI(MRIOperator):
 
     def _rows(self, k: int) -> Tensor:
         return self.mask[k if self.mask.shape[0] > 1 else 0]
+
+    def _sampled(self, k: int, dtype: torch.dtype) -> Tensor:
+        """The mask of a slice with the phase that stands for a shift of k-space."""
+        return (self._rows(k) * self._shift).to(dtype)
 
 
 class NonCartesianMRI(MRIOperator):
@@ -367,6 +375,21 @@ class NonCartesianMRI(MRIOperator):
             raise ValueError("NonCartesianMRI: density must be real and finite")
         rows = density.reshape(-1, 1, samples) if self.coupling == "slice" else density.reshape(1, samples)
         return rows.to(self.maps.device, self.maps.dtype.to_real())
+
+
+def _centring(ny: int, nx: int) -> tuple[Tensor, Tensor]:
+    """Phases [y, x] of the image and [ky, kx] of k-space that make an FFT from index 0 the centred one.
+
+    With c = N // 2 and e(m) = exp(2 pi i m / N):  e(-(k - c) (i - c)) = e(c (k - c)) e(-k i) e(c i).
+    """
+    turn: list[Tensor] = []
+    shift: list[Tensor] = []
+    for n in (ny, nx):
+        c, i = n // 2, torch.arange(n, dtype=torch.int64)
+        for out, whole in ((turn, c * i), (shift, c * (i - c))):
+            angle = (whole % n).double() * (2 * math.pi / n)
+            out.append(torch.polar(torch.ones_like(angle), angle))
+    return turn[0][:, None] * turn[1], shift[0][:, None] * shift[1]
 
 
 def _each(normal: Callable[[Tensor], Tensor], x: Tensor, kind: torch.dtype) -> Tensor:
