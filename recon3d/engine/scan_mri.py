@@ -27,8 +27,7 @@ from recon3d.geometry.mri import Trajectory
 from recon3d.operators import masks
 from recon3d.operators.base import LinearOperator
 from recon3d.operators.coils import apply_coils, compress_coils, noise_covariance, outer_noise, prewhiten
-from recon3d.operators.espirit import espirit
-from recon3d.operators.fourier import centred_fft
+from recon3d.operators.espirit import espirit, gridded_calibration
 from recon3d.operators.mri import CartesianMRI, MRIOperator, NonCartesianMRI
 from recon3d.operators.noise import GaussianNoise
 from recon3d.priors.base import Prior
@@ -420,14 +419,8 @@ def _made_maps(kspace: KSpace, y: Tensor, calibration: int) -> Tensor:
     if kspace.mask is not None:
         return espirit(y, calibration)
     assert kspace.trajectories is not None
-    # coil images on the grid; the centre of k-space is dense in every trajectory that has one
-    z, rows, columns = kspace.grid.shape
-    coils = y.shape[0 if kspace.is_volume else 1]
-    one = torch.ones((coils, z, rows, columns) if kspace.is_volume else (z, coils, rows, columns), dtype=y.dtype)
-    images = _noncartesian(kspace.trajectories, one).coil_images(y)
-    if kspace.is_volume:
-        images = images.movedim(0, 1)  # [z, coil, y, x]
-    maps = espirit(centred_fft(images), calibration)
+    region = gridded_calibration(y, kspace.trajectories, calibration)
+    maps = espirit(region, calibration, shape=(kspace.grid.shape[1], kspace.grid.shape[2]))
     return maps.movedim(1, 0).contiguous() if kspace.is_volume else maps
 
 
