@@ -1,7 +1,8 @@
 """Jobs that are killed. Runs in a process of its own: it imports torch once and forks each attempt, before any thread
 exists, so an attempt costs milliseconds instead of an import.
 
-    python tests/survivors.py kills|signals FOLDER      -> JSON on stdout
+    python tests/survivors.py kills FOLDER [COUNT ct|mri]   -> JSON on stdout
+    python tests/survivors.py signals FOLDER
     python tests/survivors.py memory FOLDER RECIPE
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import h5py  # noqa: F401 - imported here, or every child would
 import nibabel  # noqa: F401
 import torch
+from mri_jobs import mri_reconstruction
 
 import recon3d.metrics  # noqa: F401
 from recon3d.api import reconstruct
@@ -84,10 +86,12 @@ def finish(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def attempt(folder):
+def attempt(folder, job="ct"):
     def work():
+        run = {"ct": reconstruction, "mri": mri_reconstruction}[job]
         # one thread: on a busy machine two wait for each other more than they compute
-        reconstruction(folder, workers=1, schedule=Schedule(every_levels=1), output=OutputConfig(preview=False))
+        torch.set_num_threads(1)
+        run(folder, workers=1, schedule=Schedule(every_levels=1), output=OutputConfig(preview=False))
 
     return fork(work)
 
@@ -134,10 +138,10 @@ def digest(folder):
     return json.loads((folder / "manifest.json").read_text())["volume_sha256"]
 
 
-def kills(root: Path, count: int = 20) -> dict:
+def kills(root: Path, count: int | str = 20, job: str = "ct") -> dict:
     """One undisturbed run; then runs killed at random moments until `count` kills have landed and each has finished."""
-    start = time.perf_counter()
-    assert finish(attempt(root / "calm")) == 0
+    count, start = int(count), time.perf_counter()
+    assert finish(attempt(root / "calm", job)) == 0
     length = time.perf_counter() - start
     wanted = digest(root / "calm")
     rng = random.Random(int.from_bytes(os.urandom(4), "little"))
@@ -147,7 +151,7 @@ def kills(root: Path, count: int = 20) -> dict:
         runs += 1
         late = False
         for turn in range(40):
-            pid = attempt(folder)
+            pid = attempt(folder, job)
             if landed < count and turn < 8:
                 time.sleep(rng.uniform(0, length))
                 os.kill(pid, signal.SIGKILL)

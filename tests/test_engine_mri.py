@@ -192,6 +192,26 @@ def test_noise_is_made_white_and_maps_go_with_it():
     assert fewer.y.shape[1] == fewer.maps.shape[1] == 2
 
 
+@pytest.mark.parametrize("per_slice", [False, True])
+def test_spokes_go_the_same_way(per_slice):
+    """Radial k-space of slices, one trajectory for all or one each, maps made from its dense centre."""
+    from recon3d.geometry.mri import Trajectory, radial
+    from recon3d.operators.mri import NonCartesianMRI
+
+    image, maps, _, _ = scan()
+    spokes = radial(20, 48, GRID.slice_shape)
+    turned = [Trajectory(spokes.points.roll(k, 0), spokes.shape) for k in range(3)] if per_slice else spokes
+    operator = NonCartesianMRI(turned, maps)
+    generator = torch.Generator().manual_seed(1)
+    y = operator(image) + SIGMA * torch.randn(operator.range.shape, dtype=torch.complex64, generator=generator) * 2**0.5
+    recipe = load_recipe("mri", {"trajectory.levels": 3, "start.iterations": 4})
+    result = reconstruct_mri(y, turned, maps, GRID, recipe, mri_jobs.magnitude_prior(), workers=1)
+    assert (result.volume - image).norm() < 0.5 * image.norm()
+    assert 0 < result.metrics["data"]["chi2_per_sample"] < 5
+    made = prepare(kspace_of(y, turned, None, GRID))
+    assert made.maps.shape == maps.shape and made.check() == []
+
+
 def test_memory_and_time_are_told_for_complex_volumes():
     from recon3d.config import ComputeConfig
     from recon3d.engine import plan
