@@ -2,8 +2,8 @@
 // inside that file's anonymous namespace (RECON3D_LEVEL 0 portable, 2 AVX2 + FMA, 3 AVX-512), after "cpu/lane_plan.h",
 // <immintrin.h> and the target pragma; see sense_avx512.cpp for the frame. T is float or double throughout.
 //
-//   Lanes<T>::Vec, Lanes<T>::W     a register of W complex numbers, (re, im) interleaved; W reals are W/2 complex ...
-//     AVX-512: 8 complex64 or 4 complex128; AVX2: 4 or 2; portable: 2 or 1.
+//   Lanes<T>::Vec, W, kReals       a register of W complex numbers, each re then im: kReals = 2 W reals
+//                                  (AVX-512: 8 complex64 or 4 complex128; AVX2: 4 or 2; portable: 2 or 1)
 //   load(p) store(p, v) splat(a)   no alignment needed (64 bytes is fastest); splat repeats one real number
 //   madd(a, b, c)                  a b + c per real, rounded once where the processor can
 //   turn(v)                        (re, im) -> (im, re)
