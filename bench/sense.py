@@ -23,6 +23,7 @@ from bench._goals import goals, report
 from bench._nufft_rivals import toeplitz_kernel
 from bench._sense_rivals import Absent, Cartesian, Radial, Thunk, image
 from recon3d.geometry.mri import radial
+from recon3d.operators.espirit import espirit
 from recon3d.ops import cg
 from recon3d.ops.nufft import nufft, nufft_adjoint, nufft_plan, nufft_toeplitz_kernel
 from recon3d.ops.sense import pack_maps, sense_normal, sense_toeplitz
@@ -159,10 +160,6 @@ def _cg(r: Radial, points: Tensor) -> Tensor:
 
 def _calibration(coils: int, n: int) -> list[Row]:
     """ESPIRiT maps of a phantom; error: 1 - |correlation| with the true maps, worst over the middle of the image."""
-    try:
-        from recon3d.operators.coils import espirit
-    except ImportError:
-        return []
     maps = coil_maps(coils, n)
     head = torch.from_numpy(phantoms.rasterise(phantoms.shepp_logan(0.45 * n), (n, n), (1.0, 1.0))).float()
     axes = (-2, -1)
