@@ -337,7 +337,8 @@ def _execute(
         with _threads(compute.workers), Executor(compute.batch_size, compute.workers, events, stop) as executor:
             solved = solve(job, executor, store=store, schedule=schedule, events=events, stop=stop)
         events.emit("stage", name="writing")
-        volume, metrics = solved.volume.cpu(), {"data": _fit(problem.scan, solved.volume)}
+        volume = problem.scan.finish(solved.volume)
+        volume, metrics = volume.cpu(), {"data": _fit(problem.scan, volume)}
         peak, place = peak_resident_bytes(), None if run is None else run.path
         result = Result(volume, problem.scan.grid, solved.timings, peak, solved.attempts, metrics, place)
         if run is not None:

@@ -95,6 +95,16 @@ def test_a_job_explains_the_data_and_is_near_the_truth(calm):
     assert 0.2 < fit["chi2_per_sample"] < 3 and "chi2_per_ray" not in fit and "chi2_per_sample" in fit["definitions"]
 
 
+def test_where_no_coil_sees_anything_the_result_is_zero():
+    _, maps, mask, y = scan()
+    blind = maps.clone()
+    blind[:, :, :4] = 0
+    recipe = load_recipe("mri", {"trajectory.levels": 2, "start.iterations": 2})
+    noise_level = GaussianNoise(SIGMA)
+    volume = reconstruct_mri(y, mask, blind, GRID, recipe, mri_jobs.magnitude_prior(), noise=noise_level).volume
+    assert bool((volume[:, :4] == 0).all()) and bool((volume[:, 4:] != 0).all())
+
+
 @pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (3, 2)])
 def test_batches_and_threads_give_one_volume(calm, batch_size, workers):
     assert torch.equal(mri_reconstruction(None, batch_size=batch_size, workers=workers).volume, calm.volume)

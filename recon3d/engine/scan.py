@@ -115,6 +115,10 @@ class Scan(ABC):
             return None
         return f"prior {card.name!r} was trained on images in {card.unit}, this scan's are in {self.unit}"
 
+    def finish(self, volume: Tensor) -> Tensor:
+        """The result of the loop as it is handed out."""
+        return volume
+
     @abstractmethod
     def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:
         """What stands in preview.png: the operator's direct image, and the result under its name."""

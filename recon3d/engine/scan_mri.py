@@ -174,6 +174,11 @@ class MRIScan(Scan):
             raise ValueError("k-space: its image is zero nearly everywhere; there is nothing to reconstruct")
         return complex_prior(prior, scale), None if cold else image
 
+    def finish(self, volume: Tensor) -> Tensor:
+        """Zero where no coil sees anything: there the data say nothing, and the prior's word is not handed out."""
+        seen = (self.maps != 0).any(0 if self.couples else 1)
+        return torch.where(seen.to(volume.device), volume, 0)
+
     def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:
         direct = self._operator.pinv(self.y.to(self.device)).abs().cpu()
         kind = "zero-filled" if self.mask is not None else "gridding"
