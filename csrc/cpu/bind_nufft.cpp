@@ -18,12 +18,10 @@ NufftThreads all_threads() {
 #define RECON3D_NUFFT(TENSOR, NAME, ...)                                                                             \
   if ((TENSOR).scalar_type() == ScalarType::ComplexFloat) {                                                          \
     using scalar_t = float;                                                                                          \
-    const auto& kernels = nufft_kernels().singles;                                                                   \
     __VA_ARGS__                                                                                                      \
   } else {                                                                                                           \
     STD_TORCH_CHECK((TENSOR).scalar_type() == ScalarType::ComplexDouble, NAME ": complex64 or complex128 expected"); \
     using scalar_t = double;                                                                                         \
-    const auto& kernels = nufft_kernels().doubles;                                                                   \
     __VA_ARGS__                                                                                                      \
   }
 
@@ -112,7 +110,8 @@ Tensor nufft(const Tensor& x, const Tensor& order, const Tensor& first, const Te
     RECON3D_NUFFT(x, "nufft", {
       const auto points = plan.points<scalar_t>("nufft", last_axes(x, d), grid, tile);
       wish_large_pages(out<scalar_t>(y), sizeof(scalar_t) * 2 * y.numel());
-      kernels.forward({&points, images, false, in<scalar_t>(xc), out<scalar_t>(y), nullptr}, all_threads());
+      nufft_run<scalar_t>(NufftTransform::kForward,
+                          {&points, images, false, in<scalar_t>(xc), out<scalar_t>(y), nullptr}, all_threads());
     })
   }
   return y;
@@ -130,7 +129,8 @@ Tensor nufft_adjoint(const Tensor& y, const Tensor& order, const Tensor& first, 
     RECON3D_NUFFT(y, "nufft_adjoint", {
       const auto points = plan.points<scalar_t>("nufft_adjoint", shape, grid, tile);
       wish_large_pages(out<scalar_t>(x), sizeof(scalar_t) * 2 * x.numel());
-      kernels.adjoint({&points, images, false, in<scalar_t>(yc), out<scalar_t>(x), nullptr}, all_threads());
+      nufft_run<scalar_t>(NufftTransform::kAdjoint,
+                          {&points, images, false, in<scalar_t>(yc), out<scalar_t>(x), nullptr}, all_threads());
     })
   }
   return x;
@@ -154,7 +154,8 @@ Tensor nufft_normal(const Tensor& x, const Tensor& density, const Tensor& order,
     RECON3D_NUFFT(x, "nufft_normal", {
       const auto points = plan.points<scalar_t>("nufft_normal", last_axes(x, d), grid, tile);
       wish_large_pages(out<scalar_t>(result), sizeof(scalar_t) * 2 * result.numel());
-      kernels.normal(
+      nufft_run<scalar_t>(
+          NufftTransform::kNormal,
           {&points, images, false, in<scalar_t>(xc), out<scalar_t>(result), dc.numel() ? in<scalar_t>(dc) : nullptr},
           all_threads());
     })
@@ -174,7 +175,9 @@ Tensor nufft_lanes(const Tensor& x, const Tensor& order, const Tensor& first, co
   if (x.size(0)) {
     RECON3D_NUFFT(x, "nufft_lanes", {
       const auto points = plan.points<scalar_t>("nufft_lanes", shape, grid, tile);
-      kernels.forward({&points, x.size(0) * kChunk, true, in<scalar_t>(xc), out<scalar_t>(y), nullptr}, all_threads());
+      nufft_run<scalar_t>(NufftTransform::kForward,
+                          {&points, x.size(0) * kChunk, true, in<scalar_t>(xc), out<scalar_t>(y), nullptr},
+                          all_threads());
     })
   }
   return y;
@@ -194,7 +197,9 @@ Tensor nufft_lanes_adjoint(const Tensor& y, const Tensor& order, const Tensor& f
   if (y.size(0)) {
     RECON3D_NUFFT(y, "nufft_lanes_adjoint", {
       const auto points = plan.points<scalar_t>("nufft_lanes_adjoint", shape, grid, tile);
-      kernels.adjoint({&points, y.size(0) * kChunk, true, in<scalar_t>(yc), out<scalar_t>(x), nullptr}, all_threads());
+      nufft_run<scalar_t>(NufftTransform::kAdjoint,
+                          {&points, y.size(0) * kChunk, true, in<scalar_t>(yc), out<scalar_t>(x), nullptr},
+                          all_threads());
     })
   }
   return x;

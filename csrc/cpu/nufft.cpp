@@ -14,12 +14,45 @@
 
 namespace recon3d {
 
-const NufftKernelSet& nufft_kernels() {
-  const int level = lane_level();
-  if (level >= 3 && kNufftAvx512) return *kNufftAvx512;
-  if (level >= 2 && kNufftAvx2) return *kNufftAvx2;
-  return kNufftPortable;
+namespace {
+template <class T>
+void run_with(const NufftKernelSet& set, NufftTransform transform, const NufftJob<T>& job,
+              const NufftThreads& threads) {
+  const NufftKernels<T>* kernels;
+  if constexpr (sizeof(T) == 4)
+    kernels = &set.singles;
+  else
+    kernels = &set.doubles;
+  switch (transform) {
+    case NufftTransform::kForward:
+      return kernels->forward(job, threads);
+    case NufftTransform::kAdjoint:
+      return kernels->adjoint(job, threads);
+    case NufftTransform::kNormal:
+      return kernels->normal(job, threads);
+  }
 }
+}  // namespace
+
+template <class T>
+void nufft_run(NufftTransform transform, const NufftJob<T>& job, const NufftThreads& threads) {
+  const int level = lane_level();
+  if (level >= 3 && kNufftAvx512) {
+    const int64_t lanes = 32 / static_cast<int64_t>(sizeof(T)), rest = job.lanes ? 0 : job.images % lanes;
+    if (!kNufftAvx2 || rest == 0 || rest > lanes / 2) return run_with(*kNufftAvx512, transform, job, threads);
+    const NufftPoints<T>& p = *job.points;
+    NufftJob<T> part = job;
+    part.images = job.images - rest;
+    if (part.images) run_with(*kNufftAvx512, transform, part, threads);
+    part.in += 2 * part.images * (transform == NufftTransform::kAdjoint ? p.count : p.pixels());
+    part.out += 2 * part.images * (transform == NufftTransform::kForward ? p.count : p.pixels());
+    part.images = rest;
+    return run_with(*kNufftAvx2, transform, part, threads);
+  }
+  run_with(level >= 2 && kNufftAvx2 ? *kNufftAvx2 : kNufftPortable, transform, job, threads);
+}
+template void nufft_run<float>(NufftTransform, const NufftJob<float>&, const NufftThreads&);
+template void nufft_run<double>(NufftTransform, const NufftJob<double>&, const NufftThreads&);
 
 // ---- scratch memory -------------------------------------------------------------------------------------------------
 

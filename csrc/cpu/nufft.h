@@ -58,7 +58,12 @@ struct NufftKernelSet {
 extern const NufftKernelSet kNufftPortable;
 extern const NufftKernelSet* const kNufftAvx2;  // null where the compiler cannot make it
 extern const NufftKernelSet* const kNufftAvx512;
-const NufftKernelSet& nufft_kernels();  // those for this processor (lane_level)
+
+enum class NufftTransform { kForward, kAdjoint, kNormal };
+// Runs a job with the kernels for this processor (lane_level). What is left beside full AVX-512 registers and fills
+// half a register goes through AVX2, whose products and sums are the same and whose grid is half as large.
+template <class T>
+void nufft_run(NufftTransform transform, const NufftJob<T>& job, const NufftThreads& threads);
 
 // Asks for large pages behind [memory, memory + bytes), which was not touched yet: a first touch costs a page fault,
 // and 4 KB at a time those of a large output take as long as the transform. Only a wish; small ranges are left alone.

@@ -24,7 +24,8 @@ namespace {
 #include "cpu/lane_fft.h"
 #include "cpu/nufft_kernels.h"
 // clang-format on
-constexpr NufftKernelSet kKernels{{nufft_forward<float>, nufft_adjoint<float>, nufft_normal<float>}, {nufft_forward<double>, nufft_adjoint<double>, nufft_normal<double>}};
+constexpr NufftKernelSet kKernels{{nufft_forward<float>, nufft_adjoint<float>, nufft_normal<float>},
+                                  {nufft_forward<double>, nufft_adjoint<double>, nufft_normal<double>}};
 }  // namespace
 extern const NufftKernelSet* const kNufftAvx512 = &kKernels;
 }  // namespace recon3d

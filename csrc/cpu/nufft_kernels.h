@@ -215,14 +215,6 @@ static void from_grid(const NufftPoints<T>& p, const Grid<T>& grid, const Border
 
 // ---- the grid to samples and back -----------------------------------------------------------------------------------
 
-// Sum of the registers in halves: (i, i + 8), (i, i + 4), (i, i + 2), (i, i + 1).
-template <class Vec>
-RECON3D_INLINE Vec sum_halves(Vec* v, int count) {
-  for (int step = 8; step; step /= 2)
-    for (int i = 0; i < step && i + step < count; ++i) v[i] += v[i + step];
-  return v[0];
-}
-
 template <class T>
 struct Taps {
   int at[3];           // first
@@ -263,8 +255,9 @@ static typename Lanes<T>::Vec interpolate_any(const NufftPoints<T>& p, const Gri
       }
     }
   }
-  for (int c = 0; c < p.taps[2]; ++c) sum[c] *= splat(t.weight[2][c]);
-  return sum_halves(sum, p.taps[2]);
+  Vec total = sum[0] * splat(t.weight[2][0]);
+  for (int c = 1; c < p.taps[2]; ++c) total = madd(sum[c], splat(t.weight[2][c]), total);
+  return total;
 }
 template <class T>
 static void spread_any(const NufftPoints<T>& p, const Grid<T>& grid, const Taps<T>& t, typename Lanes<T>::Vec value,
@@ -302,9 +295,10 @@ RECON3D_INLINE typename Lanes<T>::Vec interpolate_inside(const Grid<T>& grid, co
       for (int c = 0; c < W; ++c) sum[c] = madd(load(row + c * Grid<T>::E), weight, sum[c]);
     }
   }
+  Vec total = sum[0] * splat(t.weight[2][0]);
 #pragma GCC unroll 8
-  for (int c = 0; c < W; ++c) sum[c] *= splat(t.weight[2][c]);
-  return sum_halves(sum, W);
+  for (int c = 1; c < W; ++c) total = madd(sum[c], splat(t.weight[2][c]), total);
+  return total;
 }
 template <class T, int D, int W>
 RECON3D_INLINE void spread_inside(const Grid<T>& grid, const Taps<T>& t, typename Lanes<T>::Vec value) {

@@ -18,5 +18,6 @@ namespace {
 #include "cpu/nufft_kernels.h"
 // clang-format on
 }  // namespace
-extern const NufftKernelSet kNufftPortable{{nufft_forward<float>, nufft_adjoint<float>, nufft_normal<float>}, {nufft_forward<double>, nufft_adjoint<double>, nufft_normal<double>}};
+extern const NufftKernelSet kNufftPortable{{nufft_forward<float>, nufft_adjoint<float>, nufft_normal<float>},
+                                           {nufft_forward<double>, nufft_adjoint<double>, nufft_normal<double>}};
 }  // namespace recon3d

@@ -225,9 +225,10 @@ static void interpolate_slab(const NufftPoints<T>& p, const Slab<T>& slab, T* y,
         for (int c = 0; c < width; ++c) sum[c] = madd(load(row + c * E), weight, sum[c]);
       }
     }
+    Vec total = sum[0] * splat(t.weight[2][0]);
 #pragma GCC unroll 8
-    for (int c = 0; c < width; ++c) sum[c] *= splat(t.weight[2][c]);
-    store(to, sum_halves(sum, width));
+    for (int c = 1; c < width; ++c) total = madd(sum[c], splat(t.weight[2][c]), total);
+    store(to, total);
   }
 }
 template <class T, int W>
