@@ -31,9 +31,9 @@ def _psnr(x: Tensor, reference: Tensor, seen: Tensor) -> float:
     return 20 * math.log10(float(reference[seen].max())) - 10 * math.log10(float(error))
 
 
-# None: at every fourth column tuned total variation is as good on these noisy data
+# with fewer levels than the recipe has
 @pytest.mark.parametrize(
-    ("acceleration", "centre", "levels", "over_cg", "over_cs"), [(4, 0.08, 10, 2.5, None), (8, 0.04, 30, 4.0, 0.5)]
+    ("acceleration", "centre", "levels", "over_cg", "over_cs"), [(4, 0.08, 10, 4.0, 0.3), (8, 0.04, 12, 6.0, 2.0)]
 )
 def test_better_than_cg_sense_and_compressed_sensing(brain, acceleration, centre, levels, over_cg, over_cs):
     full, maps, sigma, reference, seen = brain
@@ -44,6 +44,5 @@ def test_better_than_cg_sense_and_compressed_sensing(brain, acceleration, centre
     found = reconstruct_mri(y, mask, maps, recipe=recipe, noise=GaussianNoise(sigma), accept_mismatch=True, workers=1)
     ours = _psnr(found.volume, reference, seen)
     assert ours > sense + over_cg, (ours, sense)
-    if over_cs is not None:
-        sensing = max(_psnr(cs(y, operator, s), reference, seen) for s in (3e-3, 1e-2))
-        assert ours > sensing + over_cs, (ours, sensing)
+    sensing = max(_psnr(cs(y, operator, s), reference, seen) for s in (3e-3, 1e-2))
+    assert ours > sensing + over_cs, (ours, sensing)
