@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ __all__ = ["main", "run"]
 
 def main() -> None:
     """Entry point of the recon3d command and of python -m recon3d."""
+    # before torch is imported: threads that spin while they wait for each other make a shared machine crawl
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 
