@@ -33,6 +33,7 @@ CARTESIAN, TOEPLITZ, CG = "16 coils x 32 slices x 320²", "8 coils x 8 slices x 
 GOALS = [
     *goals(f"{CARTESIAN}, 1D mask", "A^H A", {"sigpy": (8, 12), "torch, textbook": (30, 50), "mrpro": (30, 50)}),
     *goals(f"{CARTESIAN}, 2D mask", "A^H A", {"sigpy": (4, 5), "torch, best loop": (2, 3)}),
+    *goals(f"{TOEPLITZ}", "A^H A, Toeplitz", {"torch, best loop": (3, 5), "mrpro": (3, 5), "finufft 1e-3": (10, 16)}),
     *goals(f"{TOEPLITZ}", CG, {"mrpro": (6, 10), "sigpy": (30, 49)}),
     *goals("16 coils x 64 slices x 320², 1D mask", "A^H A", {"torch, at once": (5, 10)}),
     *goals("16 coils x 64 slices x 320², 402 spokes", "A^H A, Toeplitz", {"torch, best loop": (2.4, 4)}),
