@@ -290,12 +290,13 @@ def typical_attenuation(image: Tensor) -> float:
 
 
 def default_measured() -> list[Path]:
-    """Files of measured projections at hand: in $RECON3D_DATA, else in ../shared/data beside a checkout."""
+    """Files of measured projections and k-space at hand: in $RECON3D_DATA, else in ../shared/data beside a checkout."""
     import os
 
     candidates = [os.environ.get("RECON3D_DATA"), str(Path(__file__).resolve().parents[2] / "shared" / "data")]
     for root in filter(None, candidates):
         found = [Path(root) / "raw_ct" / name for name in _KNOWN]
+        found += [Path(root) / "raw_mr" / name for name in demo_mri.KNOWN]
         if any(path.exists() for path in found):
             return [path for path in found if path.exists()]
     return []
