@@ -38,14 +38,14 @@ def scenario(name: str, folder: Path, *arguments: str) -> dict:
 
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     told = scenario("kills", tmp_path)  # compares the volumes itself
-    assert told["kills"] == 20 and told["runs"] >= 2
+    assert told["kills"] >= 20 and told["runs"] >= 2
     assert max(told["attempts"]) >= 2, "no run was resumed, so nothing was tested"
 
 
 @pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kills_of_a_complex_job_change_nothing(tmp_path, count):
     told = scenario("kills", tmp_path, str(count), "mri")
-    assert told["kills"] == count and max(told["attempts"]) >= 2
+    assert told["kills"] >= count and max(told["attempts"]) >= 2, told
 
 
 def test_signals_save_and_end_with_130(tmp_path):
