@@ -176,7 +176,6 @@ Tensor nufft_lanes(const Tensor& x, const Tensor& order, const Tensor& first, co
     RECON3D_NUFFT(x, "nufft_lanes", {
       const auto points = plan.points<scalar_t>("nufft_lanes", shape, grid, tile);
       wish_large_pages(out<scalar_t>(y), sizeof(scalar_t) * 2 * y.numel());
-      wish_large_pages(out<scalar_t>(y), sizeof(scalar_t) * 2 * y.numel());
       nufft_run<scalar_t>(NufftTransform::kForward,
                           {&points, x.size(0) * kChunk, true, in<scalar_t>(xc), out<scalar_t>(y), nullptr},
                           all_threads());
@@ -199,7 +198,6 @@ Tensor nufft_lanes_adjoint(const Tensor& y, const Tensor& order, const Tensor& f
   if (y.size(0)) {
     RECON3D_NUFFT(y, "nufft_lanes_adjoint", {
       const auto points = plan.points<scalar_t>("nufft_lanes_adjoint", shape, grid, tile);
-      wish_large_pages(out<scalar_t>(x), sizeof(scalar_t) * 2 * x.numel());
       wish_large_pages(out<scalar_t>(x), sizeof(scalar_t) * 2 * x.numel());
       nufft_run<scalar_t>(NufftTransform::kAdjoint,
                           {&points, y.size(0) * kChunk, true, in<scalar_t>(yc), out<scalar_t>(x), nullptr},

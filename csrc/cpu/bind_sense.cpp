@@ -38,7 +38,7 @@ Tensor sense_pack(const Tensor& maps, bool along_y) {
   Tensor packed = torch::stable::new_empty(
       maps, {z, (coils + kChunk - 1) / kChunk, along_y ? nx : ny, along_y ? ny : nx, int64_t{kChunk}});
   RECON3D_COMPLEX(maps, "sense_pack", {
-    advise_large_pages(out<scalar_t>(packed), packed.numel() * 2 * sizeof(scalar_t));
+    wish_large_pages(out<scalar_t>(packed), packed.numel() * 2 * sizeof(scalar_t));
     lane_kernels<scalar_t>().pack(in<scalar_t>(mc), out<scalar_t>(packed), z, coils, ny, nx, along_y, run_all);
   })
   return packed;

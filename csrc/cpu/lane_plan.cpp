@@ -1,5 +1,9 @@
 #include "cpu/lane_plan.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -181,6 +185,17 @@ int lane_level() {
   (void)most;
 #endif
   return 0;
+}
+
+void wish_large_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + 4095) / 4096 * 4096;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / 4096 * 4096;
+  if (end > begin && end - begin >= (uintptr_t{2} << 20))
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 }  // namespace recon3d

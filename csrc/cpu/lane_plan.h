@@ -75,4 +75,7 @@ int next_fast_length(int n);
 // less.
 int lane_level();
 
+// Asks for large pages behind [memory, memory + bytes), which was not touched yet: a first touch costs a page fault,
+// and 4 KB at a time those of a large output take as long as the transform. Only a wish; small ranges are left alone.
+void wish_large_pages(void* memory, size_t bytes);
 }  // namespace recon3d

@@ -1,9 +1,5 @@
 #include "cpu/nufft.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <cmath>
 #include <cstdlib>
 #include <mutex>
@@ -73,16 +69,6 @@ Pool& pool() {
   return *one;
 }
 }  // namespace
-
-void wish_large_pages(void* memory, size_t bytes) {
-#ifdef __linux__
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + 4095) / 4096 * 4096;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / 4096 * 4096;
-  if (end > begin && end - begin >= kPage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
 
 NufftScratch::NufftScratch(size_t bytes) : memory_(nullptr), bytes_((bytes + kPage - 1) / kPage * kPage) {
   {

@@ -65,10 +65,6 @@ enum class NufftTransform { kForward, kAdjoint, kNormal };
 template <class T>
 void nufft_run(NufftTransform transform, const NufftJob<T>& job, const NufftThreads& threads);
 
-// Asks for large pages behind [memory, memory + bytes), which was not touched yet: a first touch costs a page fault,
-// and 4 KB at a time those of a large output take as long as the transform. Only a wish; small ranges are left alone.
-void wish_large_pages(void* memory, size_t bytes);
-
 // 64-byte aligned memory on large pages, from a pool that keeps a bounded amount between calls; contents arbitrary.
 class NufftScratch {
  public:

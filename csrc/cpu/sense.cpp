@@ -1,9 +1,5 @@
 #include "cpu/sense.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "cpu/radon_plan.h"  // Scratch
 
 namespace recon3d {
@@ -20,21 +16,10 @@ namespace {
 constexpr size_t kLargePage = size_t{2} << 20;
 }
 
-void advise_large_pages(void* memory, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kLargePage * kLargePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)memory;
-  (void)bytes;
-#endif
-}
-
 PlaneMemory::PlaneMemory(size_t bytes) : scratch_(new Scratch(bytes + kLargePage)) {
   const uintptr_t start = reinterpret_cast<uintptr_t>(scratch_->get());
   memory_ = reinterpret_cast<void*>((start + kLargePage - 1) / kLargePage * kLargePage);
-  advise_large_pages(memory_, bytes);
+  wish_large_pages(memory_, bytes);
 }
 PlaneMemory::~PlaneMemory() { delete scratch_; }
 

@@ -49,9 +49,6 @@ class PlaneMemory {
   void* memory_;
 };
 
-// Asks for large pages under memory that nothing has touched yet; only a hint.
-void advise_large_pages(void* memory, size_t bytes);
-
 // What one instruction set offers for T.
 template <class T>
 struct LaneKernels {

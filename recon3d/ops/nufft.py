@@ -45,7 +45,7 @@ def nufft(x: Tensor, plan: NufftPlan) -> Tensor:
         ValueError: a shape or device that does not fit, or eps below the reach of x's dtype.
         TypeError: x is not complex.
 
-    Kernels: torch (any device), C++ (CPU). An image's result does not depend on its neighbours or on threads.
+    Kernels: torch (any device), C++ (CPU), CUDA. An image's result does not depend on its neighbours or on threads.
 
     >>> plan = nufft_plan([[0.0, 0.0]], (4, 4))
     >>> nufft(torch.ones(4, 4, dtype=torch.complex64), plan).real.round(decimals=2).tolist()
@@ -73,7 +73,7 @@ def nufft_adjoint(y: Tensor, plan: NufftPlan) -> Tensor:
         ValueError: a shape or device that does not fit, or eps below the reach of y's dtype.
         TypeError: y is not complex.
 
-    Kernels: torch (any device), C++ (CPU).
+    Kernels: torch (any device), C++ (CPU), CUDA.
 
     >>> plan = nufft_plan([[0.0, 0.0]], (2, 2))
     >>> nufft_adjoint(torch.ones(1, dtype=torch.complex64), plan).real.round(decimals=2).tolist()
@@ -101,7 +101,7 @@ def nufft_normal(x: Tensor, plan: NufftPlan, weights: Tensor | None = None) -> T
         ValueError: a shape or device that does not fit, or eps below the reach of x's dtype.
         TypeError: x is not complex, or weights are.
 
-    Kernels: torch (any device), C++ (CPU).
+    Kernels: torch (any device), C++ (CPU), CUDA.
 
     >>> plan = nufft_plan([[0.0, 0.0]], (2, 2))
     >>> nufft_normal(torch.ones(2, 2, dtype=torch.complex64), plan).real.round(decimals=2).tolist()
