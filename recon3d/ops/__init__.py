@@ -4,6 +4,7 @@ from recon3d.ops.cg import cg_step_
 from recon3d.ops.density import density_compensation
 from recon3d.ops.dot import dot
 from recon3d.ops.fbp import fbp
+from recon3d.ops.joseph3d import joseph3d, joseph3d_adjoint
 from recon3d.ops.nufft import nufft, nufft_adjoint, nufft_normal, nufft_toeplitz_kernel
 from recon3d.ops.nufft_plan import NufftPlan, nufft_plan
 from recon3d.ops.philox import NoiseKey, philox4x32, philox_bits, philox_normal
@@ -11,6 +12,7 @@ from recon3d.ops.radon import radon, radon_adjoint
 from recon3d.ops.ramp_filter import ramp_filter
 from recon3d.ops.renoise import DataTerm, renoise
 from recon3d.ops.sense import SenseMaps, pack_maps, sense_normal, sense_toeplitz
+from recon3d.ops.tof import tof_weights
 from recon3d.ops.tv3d import tv3d_dual_, tv3d_primal_, tv3d_value
 from recon3d.ops.tvz import tvz_adjoint, tvz_diff, tvz_normal, tvz_update, tvz_update_
 
@@ -23,6 +25,8 @@ __all__ = [
     "density_compensation",
     "dot",
     "fbp",
+    "joseph3d",
+    "joseph3d_adjoint",
     "nufft",
     "nufft_adjoint",
     "nufft_normal",
@@ -38,6 +42,7 @@ __all__ = [
     "renoise",
     "sense_normal",
     "sense_toeplitz",
+    "tof_weights",
     "tv3d_dual_",
     "tv3d_primal_",
     "tv3d_value",
