@@ -21,8 +21,8 @@ from recon3d.priors import load_prior
 from recon3d.priors.checkpoints import read_folder, write_folder
 from recon3d.priors.checkpoints.atomic import write_bytes
 from recon3d.priors.training import TrainConfig, train
-from recon3d.priors.training.config import PhaseConfig
-from recon3d.priors.training.data import SliceData, load_volume, random_phase
+from recon3d.priors.training.config import LesionConfig, PhaseConfig
+from recon3d.priors.training.data import SliceData, load_volume, random_phase, with_lesions
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -337,6 +337,69 @@ def test_complex_config_rejects(mr, changes, says):
         _config(mr, **changes)
 
 
+# ---------------------------------------------------------------- activity
+
+ACTIVITY = {"percentile": None, "mean_above": 0.01, "complex": False}
+
+
+def test_activity_is_in_units_of_its_mean_above_a_share_of_the_maximum(mr):
+    for volume in _one_channel(mr, **ACTIVITY).volumes:
+        values = volume.values
+        assert float(values[values > 0.01 * values.max()].mean()) == pytest.approx(1, abs=1e-5) and volume.open_air
+
+
+def test_activity_has_a_unit_of_its_own_in_the_card(mr):
+    network = {**mr["network"], "in_channels": 1, "out_channels": 1}
+    result = train(_config(mr, steps=1, network=network, data={**mr["data"], **ACTIVITY}))
+    card = load_prior(result.prior).card
+    assert card.value_range is None
+    assert card.training["one network unit"] == "mean of the voxels above 0.01 of the maximum of a volume"
+
+
+def test_no_activity_cannot_train(mr, tmp_path):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((20, 20, 3), np.int16), np.eye(4)), tmp_path / "train1.nii.gz")
+    with pytest.raises(ValueError, match=r"train1\.nii\.gz: mean_above needs values above 0"):
+        _one_channel(mr, **ACTIVITY)
+
+
+def test_lesions_are_where_activity_is(mr):
+    x = torch.zeros(48, 40)
+    x[8:40, 6:30] = 1.0
+    rng = np.random.default_rng(3)
+    hot = LesionConfig(share=1, most=1, radius_px=(2.0, 4.0), hot=(3.0, 5.0), cold_share=0)
+    cold = LesionConfig(share=1, most=1, radius_px=(3.0, 4.0), cold=(0.0, 0.2), cold_share=1)
+    for _ in range(10):
+        y, z = with_lesions(rng, x, hot), with_lesions(rng, x, cold)
+        # next to the border its surroundings are half empty, so that the spot is weaker there
+        assert 1.5 < float(y.max()) < 6 and float((y - x).min()) > -1e-6
+        assert float((x - z)[8:40, 6:30].max()) > 0.4 and float(z.min()) >= 0
+        assert int((y > 1.5 * x + 0.5).sum()) < 3.2 * 4**2 * 1.5
+    assert torch.equal(with_lesions(rng, torch.zeros(8, 8), hot), torch.zeros(8, 8))
+
+
+def test_lesions_come_in_their_share_of_crops_and_spoil_no_other_draw(mr):
+    mr["crops"] = [{"size": 32, "batch": 8}]
+    plain = _one_channel(mr, **ACTIVITY).batch(2)[0]
+    some = _one_channel(mr, **ACTIVITY, lesions={"share": 0.0, "most": 2}).batch(2)[0]
+    assert torch.equal(plain, some)
+    every = _one_channel(mr, **ACTIVITY, lesions={"share": 1.0, "cold_share": 0.0}).batch(2)[0]
+    assert float(every.max()) > 1.2 * float(plain.max())
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"mean_above": 0.01}, "percentile or mean_above"),
+        ({"percentile": None, "mean_above": 1.0}, "mean_above"),
+        ({"lesions": {"share": 0.1, "radius_px": [3, 1]}}, "lesions"),
+        ({"lesions": {"share": 0.1}, "background": -1024}, "lesions need activity"),
+    ],
+)
+def test_activity_config_rejects(mr, data, says):
+    with pytest.raises(ValueError, match=says):
+        _config(mr, data={**mr["data"], **data})
+
+
 # ---------------------------------------------------------------- configuration
 
 
@@ -372,6 +435,13 @@ def test_the_packaged_configurations_read():
     config = TrainConfig.load(CHECKOUT / "docs" / "train_mr.yaml")
     assert config.data.complex and (config.card.name, config.card.offset, config.card.scale) == ("mr", 0.0, 1.0)
     assert Path(config.data.validation).name == "mr_brain_oms20_t1w.nii.gz"
+    config = TrainConfig.load(CHECKOUT / "docs" / "train_pet.yaml")
+    assert config.data.mean_above == 0.01 and (config.card.name, config.card.offset, config.card.scale) == (
+        "pet",
+        0.0,
+        1.0,
+    )
+    assert Path(config.data.validation).name == "pet_extremity_sts036.nii.gz"
 
 
 # ---------------------------------------------------------------- the run

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recon3d.priors.networks import UNetConfig
 
-__all__ = ["CropConfig", "DataConfig", "PhaseConfig", "SourceConfig", "TrainConfig"]
+__all__ = ["CropConfig", "DataConfig", "LesionConfig", "PhaseConfig", "SourceConfig", "TrainConfig"]
 
 
 class _Strict(BaseModel):
@@ -47,6 +47,18 @@ class PhaseConfig(_Strict):
     step: float = Field(0.3, ge=0, le=1, description="share of slices whose bright voxels are turned against the rest")
 
 
+class LesionConfig(_Strict):
+    """Spots put into slices of activity: soft-edged ellipses, hotter or colder than what they lie in."""
+
+    share: float = Field(0.0, ge=0, le=1, description="share of crops that get any")
+    most: int = Field(4, ge=1, description="up to so many spots in a crop")
+    radius_px: tuple[float, float] = Field((1.0, 6.0), description="half axes, log-uniform")
+    hot: tuple[float, float] = Field((1.5, 20.0), description="hot spot over its surroundings, log-uniform")
+    cold: tuple[float, float] = Field((0.0, 0.6), description="cold spot over its surroundings, uniform")
+    cold_share: float = Field(0.25, ge=0, le=1)
+    edge_px: tuple[float, float] = Field((0.3, 1.2), description="width of the edge: the scanner's blur")
+
+
 class DataConfig(_Strict):
     """Slices and how they are augmented. The network sees (value - offset) / scale, values in `unit`."""
 
@@ -63,6 +75,13 @@ class DataConfig(_Strict):
     percentile: float | None = Field(
         None, gt=50, le=100, description="each volume is divided by this percentile of its values, not by file_scale"
     )
+    mean_above: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="each volume is divided by the mean of its voxels above this share of its maximum (activity)",
+    )
+    lesions: LesionConfig = LesionConfig()
     floor: float = Field(
         0.0, ge=0, description="network units: a magnitude m becomes sqrt(max(0, m^2 - floor^2)), which empties air"
     )
@@ -100,6 +119,13 @@ class DataConfig(_Strict):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]")
+        if self.percentile is not None and self.mean_above is not None:
+            raise ValueError("give percentile or mean_above, not both")
+        low, high = self.lesions.radius_px
+        if not (0 < low <= high and 0 < self.lesions.hot[0] <= self.lesions.hot[1]):
+            raise ValueError("lesions: radius_px and hot must be [low, high] with 0 < low <= high")
+        if self.lesions.share > 0 and (self.background != 0 or self.file_offset != 0 or self.clip[0] < 0):
+            raise ValueError("lesions need activity: set background and file_offset to 0 and clip from 0")
         magnitudes = self.floor > 0 or self.gamma != (1.0, 1.0) or self.complex
         if magnitudes and (self.background != 0 or self.file_offset != 0 or self.clip[0] < 0):
             raise ValueError(

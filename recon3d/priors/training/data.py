@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recon3d.io import BadInput
-from recon3d.priors.training.config import DataConfig, PhaseConfig, TrainConfig
+from recon3d.priors.training.config import DataConfig, LesionConfig, PhaseConfig, TrainConfig
 
-__all__ = ["SliceData", "Volume", "load_volume", "random_phase"]
+__all__ = ["SliceData", "Volume", "load_volume", "random_phase", "with_lesions"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,10 @@ def load_volume(path: Path, data: DataConfig, weight: float = 1.0, max_block_z: 
         scale = float(np.percentile(volume, data.percentile)) - data.file_offset
         if not scale > 0:
             raise ValueError(f"training data {path}: percentile {data.percentile:g} is not above file_offset")
+    if data.mean_above is not None:
+        if not volume.max() > max(0.0, data.file_offset):
+            raise ValueError(f"training data {path}: mean_above needs values above 0 and file_offset")
+        scale = float(volume[volume > data.mean_above * volume.max()].mean(dtype=np.float64)) - data.file_offset
     border = np.concatenate(
         [volume[:, 0].ravel(), volume[:, -1].ravel(), volume[:, :, 0].ravel(), volume[:, :, -1].ravel()]
     )
@@ -146,6 +150,8 @@ class SliceData:
         for axis, share in ((1, 0.5), (0, data.flip_rows)):
             if rng.random() < share:
                 x = x.flip(axis)
+        if data.lesions.share > 0 and rng.random() < data.lesions.share:
+            x = with_lesions(rng, x, data.lesions)
         if data.quarter_turns > 0 and rng.random() < data.quarter_turns:
             x = x.mT
         gain = 1 + data.gain_jitter * (2 * rng.random() - 1)
@@ -204,6 +210,28 @@ def _start(rng: np.random.Generator, n: int, size: int) -> int:
     if n > size:
         return int(rng.integers(0, n - size + 1))
     return (n - size) // 2 + int(rng.integers(-8, 9)) * int(n < size)
+
+
+def with_lesions(rng: np.random.Generator, x: Tensor, lesions: LesionConfig) -> Tensor:
+    """Activity [row, col] with hot and cold spots where there is activity; a slice without any comes back as it is."""
+    h, w = x.shape
+    inside = (x > 0.1 * x.mean()).nonzero()
+    if float(x.max()) <= 0 or len(inside) == 0:
+        return x
+    rows, cols = torch.arange(h, dtype=torch.float32)[:, None], torch.arange(w, dtype=torch.float32)[None]
+    for _ in range(int(rng.integers(1, lesions.most + 1))):
+        cy, cx = (float(v) + rng.uniform(-0.5, 0.5) for v in inside[int(rng.integers(len(inside)))])
+        a = _between(rng, lesions.radius_px)
+        b = min(max(a * math.exp(rng.uniform(-0.4, 0.4)), lesions.radius_px[0]), lesions.radius_px[1])
+        turn, edge = rng.uniform(0, math.pi), rng.uniform(*lesions.edge_px)
+        c, s = math.cos(turn), math.sin(turn)
+        u, v = (c * (cols - cx) + s * (rows - cy)) / a, (c * (rows - cy) - s * (cols - cx)) / b
+        cover = torch.sigmoid((1 - (u * u + v * v).sqrt()) * (math.sqrt(a * b) / edge))
+        level = float((x * cover).sum() / cover.sum().clamp(min=1e-6))
+        cold = rng.random() < lesions.cold_share
+        ratio = rng.uniform(*lesions.cold) if cold else _between(rng, lesions.hot)
+        x = x + cover * (ratio * level - x) if cold else x + cover * ((ratio - 1) * level)
+    return x
 
 
 def random_phase(rng: np.random.Generator, magnitude: Tensor, phase: PhaseConfig) -> Tensor:

@@ -260,7 +260,12 @@ class _Run:
     def _card(self) -> ModelCard:
         cfg, card = self.config, self.config.card
         low, high = ((v - cfg.data.file_offset) / cfg.data.file_scale for v in cfg.data.clip)
-        known = cfg.data.percentile is None
+        known = cfg.data.percentile is None and cfg.data.mean_above is None
+        unit = (
+            f"percentile {cfg.data.percentile:g} of a volume"
+            if cfg.data.percentile is not None
+            else f"mean of the voxels above {cfg.data.mean_above or 0:g} of the maximum of a volume"
+        )
         return ModelCard(
             name=card.name,
             statement=card.statement,
@@ -284,7 +289,7 @@ class _Run:
                 "images": self.count.images,
                 "minutes": round(self.count.elapsed_s / 60, 1),
                 "log_sigma": [cfg.log_sigma_mean, cfg.log_sigma_std],
-                **({} if known else {"one network unit": f"percentile {cfg.data.percentile:g} of a volume"}),
+                **({} if known else {"one network unit": unit}),
                 **({} if cfg.init is None else {"init": Path(cfg.init).name}),
             },
             validation={
