@@ -20,7 +20,7 @@ from recon3d.priors.complex import complex_prior
 from recon3d.priors.network_prior import NetworkPrior, check_sigma, compute_dtype
 from recon3d.priors.networks import EDMDenoiser, UNet, UNetConfig
 from recon3d.priors.networks.edm import coefficients
-from recon3d.priors.paths import EDM, VE, VP, from_denoiser, rectified_flow, to_denoiser
+from recon3d.priors.paths import EDM, VE, VP, RectifiedFlow, VPContinuous, from_denoiser, noise_path, to_denoiser
 
 TINY = UNetConfig(channels=(8, 16, 16), blocks=1, embedding=16, group_size=8)
 MU_WATER = 0.0193
@@ -54,13 +54,49 @@ def test_vp_agrees_with_cumulative_product():
         assert path.s(t) == pytest.approx(math.sqrt(abar[t]), rel=1e-11)
 
 
-PATHS = {"vp": (VP(), 999.0), "vp-100": (VP(1e-3, 0.2, 100), 99.0), "ve": (VE(), 1.0), "edm": (EDM(), 80.0)}
+def test_cosine_schedule_agrees_with_its_definition():
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    abar = np.cumprod(1 - np.minimum(1 - f[1:] / f[:-1], 0.999))
+    path = VP(schedule="cosine")
+    for t in (0, 1, 500, 998, 999):
+        assert path.sigma(t) == pytest.approx(math.sqrt((1 - abar[t]) / abar[t]), rel=1e-9)
+
+
+def test_continuous_vp_agrees_with_the_integral_of_beta():
+    path = VPContinuous(0.1, 10.0)
+    for t in (1e-3, 0.1, 0.5, 1.0):
+        mean = math.exp(-(t**2) * (10.0 - 0.1) / 4 - t * 0.1 / 2)
+        assert path.s(t) == pytest.approx(mean, rel=1e-12)
+        assert path.sigma(t) == pytest.approx(math.sqrt(1 - mean**2) / mean, rel=1e-9)
+    assert path.sigma(1.0) == pytest.approx(12.45, abs=0.01)
+    with pytest.raises(ValueError, match="at most"):
+        path.time(13.0)
+
+
+def test_noise_path_takes_what_the_card_says():
+    assert noise_path("vp", {"beta_max": 0.03}) == VP(beta_max=0.03)
+    assert noise_path("flow", {}) == RectifiedFlow()
+    with pytest.raises(ValueError, match="path must be one of"):
+        noise_path("exact", {})
+    with pytest.raises(ValueError, match="has no 'sigma_max'; it has beta_min"):
+        noise_path("vp", {"sigma_max": 3})
+
+
+PATHS = {
+    "vp": (VP(), 999.0),
+    "vp-100": (VP(1e-3, 0.2, 100), 99.0),
+    "vp-cosine": (VP(schedule="cosine"), 999.0),
+    "vp-continuous": (VPContinuous(), 1.0),
+    "ve": (VE(), 1.0),
+    "edm": (EDM(), 80.0),
+    "flow": (RectifiedFlow(), 0.99),
+}
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_time_inverts_sigma(name):
     path, end = PATHS[name]
-    for t in np.linspace(0.003 if name == "edm" else 0.0, end, 41):
+    for t in np.linspace(0.003 if name in ("edm", "flow", "vp-continuous") else 0.0, end, 41):
         assert path.time(path.sigma(t)) == pytest.approx(t, rel=1e-12, abs=1e-12 * end)
 
 
@@ -101,7 +137,8 @@ def test_vp_eps_network_in_its_own_coordinates():
 
 
 def test_flow_clock():
-    t, s = rectified_flow(3.0)
+    t = RectifiedFlow().time(3.0)
+    s = RectifiedFlow().s(t)
     assert (t, s) == (0.75, 0.25)
     x_t, v = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     assert (to_denoiser(v, x_t / s, 3.0, "flow") - (x_t - t * v)).abs().max() < 1e-12

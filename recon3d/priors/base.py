@@ -33,7 +33,11 @@ class ModelCard(BaseModel):
     unit: str = Field("a.u.", description="the user unit")
     value_range: tuple[float, float] | None = Field(None, description="trained user values, [low, high]")
     channels: int = Field(1, ge=1)
-    path: Literal["edm", "ve", "vp", "exact"] = "edm"
+    path: Literal["edm", "ve", "vp", "vp_continuous", "flow", "exact"] = "edm"
+    schedule: dict[str, float | str] = Field(default_factory=dict, description="of the path, such as beta_max")
+    prediction: Literal["edm", "x0", "eps", "score", "v", "flow"] = Field(
+        "edm", description="what the network gives: the preconditioned residual of EDM, or as to_denoiser names it"
+    )
     sigma_range: tuple[float, float] | None = Field(None, description="trained noise levels, network units")
     sigma_data: float | None = Field(None, gt=0, description="network units")
     architecture: dict[str, Any] = Field(default_factory=dict, description="family and configuration")

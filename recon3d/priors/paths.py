@@ -18,12 +18,23 @@ from __future__ import annotations
 
 import bisect
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal, Protocol
 
 from torch import Tensor
 
-__all__ = ["EDM", "VE", "VP", "NoisePath", "from_denoiser", "rectified_flow", "to_denoiser"]
+__all__ = [
+    "EDM",
+    "VE",
+    "VP",
+    "NoisePath",
+    "RectifiedFlow",
+    "VPContinuous",
+    "from_denoiser",
+    "noise_path",
+    "to_denoiser",
+]
 
 Kind = Literal["x0", "eps", "score", "v", "flow"]
 
@@ -46,9 +57,15 @@ class NoisePath(Protocol):
 
 @dataclass(frozen=True)
 class VP:
-    """Variance preserving with a linear beta, discrete times 0 .. steps-1 (DDPM, guided-diffusion).
+    """Variance preserving, discrete times 0 .. steps-1 (DDPM, guided-diffusion).
 
     s = sqrt(abar_t), sigma = sqrt((1-abar_t)/abar_t). Between two times log sigma is interpolated linearly.
+
+    Attributes:
+        beta_min, beta_max: ends of a linear beta; a cosine has none and keeps them at their defaults.
+        steps: number of times.
+        schedule: "linear" (Ho et al., NeurIPS 2020), or "cosine": abar(t) = cos^2((t/T + 0.008)/1.008 pi/2) over its
+            value at 0, no beta above 0.999 (Nichol and Dhariwal, ICML 2021).
 
     >>> round(VP().sigma(400), 2), round(VP().sigma(999))
     (2.04, 157)
@@ -57,6 +74,7 @@ class VP:
     beta_min: float = 1e-4
     beta_max: float = 0.02
     steps: int = 1000
+    schedule: Literal["linear", "cosine"] = "linear"
     _log_sigma: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,12 +83,20 @@ class VP:
                 "VP: need steps >= 2 and 0 < beta_min <= beta_max < 1, "
                 f"got {self.steps}, {self.beta_min}, {self.beta_max}"
             )
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"VP: schedule must be linear or cosine, got {self.schedule!r}")
         log_abar, table = 0.0, []
         for t in range(self.steps):
-            log_abar += math.log1p(-(self.beta_min + (self.beta_max - self.beta_min) * t / (self.steps - 1)))
+            log_abar += math.log1p(-self._beta(t))
             # sigma^2 = 1/abar - 1
             table.append(0.5 * math.log(math.expm1(-log_abar)))
         object.__setattr__(self, "_log_sigma", tuple(table))
+
+    def _beta(self, t: int) -> float:
+        if self.schedule == "linear":
+            return self.beta_min + (self.beta_max - self.beta_min) * t / (self.steps - 1)
+        now, then = (math.cos((k / self.steps + 0.008) / 1.008 * math.pi / 2) ** 2 for k in (t, t + 1))
+        return min(1 - then / now, 0.999)
 
     def sigma(self, t: float) -> float:
         if not 0 <= t <= self.steps - 1:
@@ -91,6 +117,40 @@ class VP:
         i = min(max(bisect.bisect_right(self._log_sigma, log) - 1, 0), self.steps - 2)
         a, b = self._log_sigma[i], self._log_sigma[i + 1]
         return min(max(i + (log - a) / (b - a), 0.0), self.steps - 1.0)
+
+
+@dataclass(frozen=True)
+class VPContinuous:
+    """Variance preserving in continuous time t in [0, 1], beta(t) from beta_min to beta_max (score SDE; PET: 0.1, 10).
+
+    s = exp(-B/2) and sigma^2 = e^B - 1 with B = beta_min t + (beta_max - beta_min) t^2 / 2.
+
+    >>> round(VPContinuous(0.1, 10.0).sigma(1.0), 1)
+    12.5
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min < self.beta_max:
+            raise ValueError(f"VPContinuous: need 0 < beta_min < beta_max, got {self.beta_min}, {self.beta_max}")
+
+    def sigma(self, t: float) -> float:
+        if not 0 < t <= 1:
+            raise ValueError(f"VPContinuous: time must be in (0, 1], got {t}")
+        return math.sqrt(math.expm1(self.beta_min * t + (self.beta_max - self.beta_min) * t * t / 2))
+
+    def s(self, t: float) -> float:
+        return 1 / math.sqrt(1 + self.sigma(t) ** 2)
+
+    def time(self, sigma: float) -> float:
+        total, slope = math.log1p(_positive("VPContinuous", sigma) ** 2), self.beta_max - self.beta_min
+        # the positive root of slope/2 t^2 + beta_min t = total, written without cancellation
+        t = 2 * total / (self.beta_min + math.sqrt(self.beta_min**2 + 2 * slope * total))
+        if t > 1 + 1e-12:
+            raise ValueError(f"VPContinuous: sigma must be at most {self.sigma(1.0):.4g}, got {sigma}")
+        return min(t, 1.0)
 
 
 @dataclass(frozen=True)
@@ -133,10 +193,41 @@ class EDM:
         return _positive("EDM", sigma)
 
 
-def rectified_flow(sigma: float) -> tuple[float, float]:
-    """(t, s) at which a rectified flow x_t = (1-t) x0 + t eps has canonical noise level sigma = t/(1-t)."""
-    t = _positive("rectified_flow", sigma) / (1 + sigma)
-    return t, 1 - t
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Straight lines from image to noise: x_t = (1-t) x0 + t eps, s = 1-t, sigma = t/(1-t), t in (0, 1)."""
+
+    def sigma(self, t: float) -> float:
+        if not 0 < t < 1:
+            raise ValueError(f"RectifiedFlow: time must be in (0, 1), got {t}")
+        return t / (1 - t)
+
+    def s(self, t: float) -> float:
+        return 1 - t
+
+    def time(self, sigma: float) -> float:
+        return _positive("RectifiedFlow", sigma) / (1 + sigma)
+
+
+def noise_path(name: str, schedule: Mapping[str, float | str]) -> NoisePath:
+    """The path that a model card names, with what its schedule says.
+
+    Args:
+        name: "vp", "vp_continuous", "ve", "edm" or "flow".
+        schedule: fields of that path, such as {"beta_max": 0.02}; the others keep their defaults.
+
+    Raises:
+        ValueError: no such path, no such field, or a value it does not take.
+    """
+    paths: dict[str, type] = {"vp": VP, "vp_continuous": VPContinuous, "ve": VE, "edm": EDM, "flow": RectifiedFlow}
+    if name not in paths:
+        raise ValueError(f"path must be one of {', '.join(paths)}, got {name!r}")
+    known = [f.name for f in fields(paths[name]) if f.init]
+    for key in schedule:
+        if key not in known:
+            raise ValueError(f"path {name!r} has no {key!r}; it has {', '.join(known) or 'no numbers'}")
+    made: NoisePath = paths[name](**schedule)
+    return made
 
 
 def to_denoiser(output: Tensor, u: Tensor, sigma: float, kind: Kind, s: float = 1.0) -> Tensor:
