@@ -2,6 +2,19 @@
 
 from recon3d.consistency.base import Consistency, Identity, Projection
 from recon3d.consistency.conditional import Conditional
+from recon3d.consistency.em import OrderedSubsets, log_likelihood, ordered_subsets_em, poisson_log_likelihood
 from recon3d.consistency.solve import Rho, Solve, conjugate_gradients
 
-__all__ = ["Conditional", "Consistency", "Identity", "Projection", "Rho", "Solve", "conjugate_gradients"]
+__all__ = [
+    "Conditional",
+    "Consistency",
+    "Identity",
+    "OrderedSubsets",
+    "Projection",
+    "Rho",
+    "Solve",
+    "conjugate_gradients",
+    "log_likelihood",
+    "ordered_subsets_em",
+    "poisson_log_likelihood",
+]

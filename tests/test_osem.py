@@ -1,0 +1,289 @@
+"""Ordered-subset EM on small dense scanners: likelihoods, counts, recovery, subsets, anchors, states, bad input."""
+
+import math
+
+import pytest
+import torch
+from toys import MatrixOperator
+
+from recon3d import ops
+from recon3d.consistency import OrderedSubsets, Rho, log_likelihood, ordered_subsets_em, poisson_log_likelihood
+from recon3d.consistency.em import mean_sensitivity, uniform_start
+from recon3d.operators.base import LinearOperator, Space
+from recon3d.trajectory import Level
+
+SHAPE = (4, 5, 6)
+
+
+class Dense(LinearOperator):
+    """A dense scanner of views of rays over the whole volume; measurement [view, ray]."""
+
+    coupling = "volume"
+
+    def __init__(self, matrix, additive=None, shape=SHAPE):
+        self.matrix, self.additive = matrix, additive
+        self.domain, self.range = Space(shape, matrix.dtype, "Bq/mL"), Space(tuple(matrix.shape[:2]), matrix.dtype, "1")
+
+    def forward(self, x):
+        return self.matrix.to(x.dtype) @ x.flatten()
+
+    def adjoint(self, y):
+        return (y.flatten() @ self.matrix.to(y.dtype).flatten(0, 1)).reshape(self.domain.shape)
+
+    def subsets(self, n):
+        order = [torch.arange(k, len(self.matrix), n) for k in range(n)]
+        additive = self.additive
+        return [(Dense(self.matrix[i], None if additive is None else additive[i], self.domain.shape), i) for i in order]
+
+
+class Factored(Dense):
+    """The same with a matrix of its own factors and scale, and a projector that can be had without them."""
+
+    scale = 0.25
+
+    def __init__(self, matrix, factors, additive):
+        super().__init__(0.25 * factors[..., None] * matrix, additive)
+        self.plain, self.factors = matrix, factors
+
+    def project(self, x):
+        return self.plain.to(x.dtype) @ x.flatten()
+
+    def back_project(self, y):
+        return (y.flatten() @ self.plain.to(y.dtype).flatten(0, 1)).reshape(self.domain.shape)
+
+
+def uniform(*shape, seed=0, low=0.0, high=1.0, dtype=torch.float64):
+    u = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (low + (high - low) * u).to(dtype)
+
+
+def scanner(views=8, rays=20, additive=True, seed=3, dtype=torch.float64):
+    matrix = uniform(views, rays, math.prod(SHAPE), seed=seed)
+    matrix = matrix * (matrix > 0.8)  # lines cross few voxels
+    return Dense(matrix.to(dtype), uniform(views, rays, seed=4, low=0.5, high=2, dtype=dtype) if additive else None)
+
+
+def counts(operator, x, seed=5):
+    mean = operator(x) + (0 if operator.additive is None else operator.additive)
+    return torch.poisson(mean, generator=torch.Generator().manual_seed(seed))
+
+
+def level(sigma=1.0, index=0, last=False):
+    return Level(index, sigma, sigma / 2, last)
+
+
+TRUTH = uniform(*SHAPE, seed=6, low=1, high=5)
+
+
+def test_log_likelihood_by_hand():
+    y, m = torch.tensor([2.0, 0.0, 5.0]), torch.tensor([3.0, 1.5, 0.0])
+    assert poisson_log_likelihood(y, m) == pytest.approx(2 * math.log(3) - 3 - 1.5)
+    a = scanner()
+    y = counts(a, TRUTH)
+    assert log_likelihood(TRUTH, y, a) == pytest.approx(poisson_log_likelihood(y, a(TRUTH) + a.additive), rel=1e-12)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_mlem_is_monotone_and_conserves_counts(additive, dtype):
+    a = scanner(additive=additive)
+    y = counts(a, TRUTH).to(dtype)
+    x, last = torch.ones(SHAPE, dtype=dtype), -math.inf
+    for _ in range(30):
+        x = ordered_subsets_em(x, y, a)
+        now = log_likelihood(x, y, a)
+        assert now >= last - 1e-6 * abs(now) * (dtype == torch.float32)
+        last = now
+        if not additive:
+            assert a(x).sum().item() == pytest.approx(y.sum().item(), rel=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("activity", [1e-3, 1.0, 1e9])
+def test_uniform_object_is_recovered_at_every_activity(activity):
+    a = scanner()
+    a.matrix, a.additive = (a.matrix / activity).float(), a.additive.float()
+    truth = torch.full(SHAPE, activity)
+    y = a(truth) + a.additive
+    x = ordered_subsets_em(torch.full(SHAPE, 0.2 * activity), y, a, subsets=4, iterations=400)
+    assert ((x - truth).abs() <= 0.01 * activity).all()
+
+
+def test_subsets_go_on_from_the_count():
+    a = scanner()
+    y = counts(a, TRUTH)
+    whole = ordered_subsets_em(torch.ones_like(TRUTH), y, a, subsets=4, iterations=7)
+    first = ordered_subsets_em(torch.ones_like(TRUTH), y, a, subsets=4, iterations=3)
+    assert torch.equal(ordered_subsets_em(first, y, a, subsets=4, iterations=4, start=3), whole)
+    assert not torch.equal(ordered_subsets_em(first, y, a, subsets=4, iterations=4), whole)
+    # one sub-iteration by hand
+    part, index = a.subsets(4)[3]
+    ratio = y[index] / (part(first) + part.additive)
+    want = first * part.adjoint(ratio) / part.adjoint(torch.ones_like(ratio))
+    torch.testing.assert_close(ordered_subsets_em(first, y, a, subsets=4, start=3), want)
+
+
+def test_factors_join_in_the_ratio():
+    plain, factors = scanner(additive=False).matrix, uniform(8, 20, seed=9, low=0.2)
+    factors[2, 3] = 0
+    a = Factored(plain, factors, scanner().additive)
+    y = counts(a, TRUTH)
+    b = Dense(a.matrix, a.additive)
+    for kwargs in ({"iterations": 3}, {"iterations": 2, "anchor": TRUTH, "anchor_weight": 3.0}):
+        got, want = (ordered_subsets_em(torch.ones_like(TRUTH), y, op, **kwargs) for op in (a, b))
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("axes", ["z", "zyx"])
+@pytest.mark.parametrize("gamma", [1.0, 2.0, 10.0])
+@pytest.mark.parametrize("beta", [1.0, 30.0])
+def test_penalised_likelihood_is_monotone(axes, gamma, beta):
+    a = scanner()
+    y = counts(a, TRUTH)
+    prior = {"gamma": gamma, "epsilon": 1e-3, "axes": axes, "spacing_mm": (2.0, 1.0, 1.5)}
+    x, last = uniform(*SHAPE, seed=8, high=10), -math.inf
+    x[1, 2, 3] = 0
+    anchor = torch.full_like(x, 2.0)
+    for _ in range(40):
+        x = ordered_subsets_em(x, y, a, anchor=anchor, anchor_weight=0.3, rdp=beta, **prior)
+        now = log_likelihood(x, y, a) - beta * ops.rdp(x, **prior).item() - 0.15 * (x - anchor).square().sum().item()
+        assert now >= last - 1e-9 * abs(now)
+        last = now
+
+
+def test_rdp_smooths_and_forms_agree_at_the_fixed_point():
+    a = scanner(views=20)
+    y = counts(a, TRUTH)
+    s = {"rdp": 5.0, "epsilon": 1e-2, "axes": "zyx", "anchor": TRUTH, "anchor_weight": 30.0}
+    ones = torch.ones_like(TRUTH)
+    x = ordered_subsets_em(ones, y, a, iterations=600, **s)
+    torch.testing.assert_close(ordered_subsets_em(x, y, a, form="gradient", floor=1e-3, **s), x, rtol=1e-6, atol=1e-8)
+    plain = ordered_subsets_em(ones, y, a, iterations=400)
+    assert ops.rdp(x, epsilon=1e-2) < 0.5 * ops.rdp(plain, epsilon=1e-2)
+
+
+def test_start_and_blind_voxels():
+    a = scanner()
+    a.matrix[..., 7] = 0  # voxel (0, 1, 1) is crossed by no line
+    y = counts(a, TRUTH)
+    x = uniform(*SHAPE, seed=2, low=-1)
+    x[0, 1, 1] = -3.0
+    out = ordered_subsets_em(x, y, a, iterations=5, anchor=x, anchor_weight=1.0, rdp=0.1)
+    assert out[0, 1, 1] == -3.0
+    out[0, 1, 1] = 0
+    assert (out >= 0).all() and out.isfinite().all()
+    flat = uniform_start(a, y)
+    assert flat[0, 1, 1] == 0 and flat.unique().numel() == 2
+    assert (a(flat) + a.additive).sum().item() == pytest.approx(y.sum().item())
+    seen = a.adjoint(torch.ones_like(y))
+    assert mean_sensitivity(a, y, 4) == pytest.approx(seen[seen > 0].mean().item())
+
+
+def test_counts_where_nothing_is_expected():
+    a = scanner(additive=False)
+    a.matrix[2, 3] = 0
+    y = counts(a, TRUTH)
+    y[2, 3] = 4
+    for x in (torch.ones_like(TRUTH), torch.zeros_like(TRUTH)):
+        for form in ("surrogate", "gradient"):
+            out = ordered_subsets_em(x, y, a, subsets=2, iterations=9, form=form, rdp=1.0, anchor=x, anchor_weight=0.1)
+            assert out.isfinite().all() and (out >= 0).all()
+    zero = ordered_subsets_em(torch.ones_like(TRUTH), torch.zeros_like(y), a, subsets=2, iterations=2)
+    assert not zero.any()
+    assert math.isfinite(log_likelihood(TRUTH, y, a))
+
+
+def test_step_is_the_posterior_of_many_counts():
+    """With many counts the likelihood is Gaussian, and the step's fixed point the mean of a Gaussian posterior."""
+    a = scanner(views=3, additive=True)
+    a.matrix, a.additive = a.matrix * 1e7, a.additive * 1e6
+    y = counts(a, TRUTH)
+    sigma, x0 = 3e-4, TRUTH + 3e-4 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    part = OrderedSubsets(400, anchor=Rho("bayes", 1.0))
+    x = part.step(x0, y, a, level(sigma), {})
+    m, w = a.matrix.flatten(0, 1), 1 / y.flatten()
+    precision = m.T @ (w[:, None] * m) + torch.eye(m.shape[1], dtype=torch.float64) / sigma**2
+    misfit = (y - a.additive).flatten() - m @ x0.flatten()
+    want = x0 + torch.linalg.solve(precision, m.T @ (w * misfit)).reshape(SHAPE)
+    assert (want - x0).norm() > 0.1 * sigma * math.sqrt(x0.numel())
+    assert (x - want).norm() <= 1e-3 * (want - x0).norm()
+
+
+def test_levels_go_on_through_the_subsets_and_resume():
+    a = scanner()
+    y = counts(a, TRUTH)
+    part = OrderedSubsets(3, 4, anchor=Rho("relative", 0.1), rdp=0.02, value_scale=3.0)
+    state = {}
+    x = part.step(torch.ones_like(TRUTH), y, a, level(), state)
+    assert state["em_count"].tolist() == [3] and state["em_count"].dtype == torch.int64
+    saved = {k: v.clone() for k, v in state.items()}
+    once = part.step(x, y, a, level(index=1), state)
+    assert state["em_count"].tolist() == [6]
+    assert torch.equal(OrderedSubsets(3, 4, anchor=Rho("relative", 0.1), rdp=0.02, value_scale=3.0).step(
+        x, y, a, level(index=1), saved), once)  # fmt: skip
+    mean = mean_sensitivity(a, y)
+    want = ordered_subsets_em(
+        x, y, a, subsets=4, iterations=3, start=3, anchor=x, anchor_weight=0.1 * mean / 3.0, rdp=0.02 * mean,
+        epsilon=3e-3,
+    )  # fmt: skip
+    torch.testing.assert_close(once, want)
+
+
+def test_strengths_have_no_unit():
+    a = scanner()
+    y = counts(a, TRUTH)
+    results = []
+    for unit in (1.0, 1e4):
+        b = Dense(a.matrix / unit, a.additive)
+        part = OrderedSubsets(6, 2, anchor=Rho("relative", 0.2), rdp=0.3, axes="zyx", value_scale=2.0 * unit)
+        results.append(part.step(torch.ones_like(TRUTH) * unit, y, b, level(), {}) / unit)
+    torch.testing.assert_close(*results)
+
+
+def test_likelihood_target():
+    a = scanner()
+    y = counts(a, TRUTH)
+    part = OrderedSubsets(1, 2, target="likelihood", levels=4, passes=8, most=50)
+    state, reached = {}, []
+    for k in range(4):
+        x = part.step(torch.full_like(TRUTH, 2.0), y, a, level(index=k, last=k == 3), state)
+        reached.append(log_likelihood(x, y, a))
+    targets = state["em_targets"].tolist()
+    assert len(targets) == 9 and targets == sorted(targets)
+    assert all(got >= targets[2 * k + 2] for k, got in enumerate(reached))
+    assert reached == sorted(reached)
+    # an estimate that is good enough is only clamped
+    before = state["em_count"].clone()
+    best = ordered_subsets_em(torch.ones_like(TRUTH), y, a, iterations=200)
+    assert torch.equal(part.step(best, y, a, level(index=0), state), best)
+    assert torch.equal(state["em_count"], before)
+
+
+def test_scanners_without_background_or_subsets():
+    matrix = uniform(9, 30, seed=1)
+    a = MatrixOperator(matrix, SHAPE)
+    y = a(TRUTH)
+    x = ordered_subsets_em(torch.ones_like(TRUTH), y, a, iterations=50)
+    assert (a(x) - y).norm() < 0.05 * y.norm()
+    with pytest.raises(NotImplementedError):
+        ordered_subsets_em(x, y, a, subsets=2)
+
+
+def test_bad_input():
+    a = scanner()
+    y = counts(a, TRUTH)
+    with pytest.raises(ValueError, match="counts must be finite and at least 0, got values in"):
+        ordered_subsets_em(TRUTH, y - 100, a)
+    with pytest.raises(ValueError, match="counts must be finite"):
+        OrderedSubsets(1).step(TRUTH, y * math.nan, a, level(), {})
+    with pytest.raises(ValueError, match=r"y needs the operator's shape \(8, 20\), got \(7, 20\)"):
+        ordered_subsets_em(TRUTH, y[1:], a)
+    with pytest.raises(TypeError, match=r"counts in float32 or float64 are needed, got torch.int64"):
+        ordered_subsets_em(TRUTH, y.long(), a)
+    with pytest.raises(ValueError, match="iterations must be at least 1"):
+        OrderedSubsets(0)
+    with pytest.raises(ValueError, match="clamp the noisy state"):
+        OrderedSubsets(on="iterate")
+    with pytest.raises(ValueError, match="needs the number of levels"):
+        OrderedSubsets(target="likelihood")
+    with pytest.raises(ValueError, match="value_scale must be finite and positive, got 0"):
+        OrderedSubsets(value_scale=0.0)
