@@ -5,7 +5,7 @@
 namespace recon3d {
 namespace {
 constexpr double kPi = 3.14159265358979323846;
-constexpr int kNodes = 64;
+constexpr int kNodes = 128;
 
 // (F(u) - 1/2) / u by its definition; near 0 by its series, whose next term is below 1e-17.
 double slope(double u, double truncation) {
@@ -16,6 +16,7 @@ double slope(double u, double truncation) {
 
 template <class T>
 TofCurve<T> fit(double truncation, double tolerance) {
+  if (truncation > 8) truncation = 8;
   double chebyshev[kTofTerms] = {};
   for (int n = 0; n < kNodes; ++n) {
     const double angle = kPi * (n + 0.5) / kNodes;

@@ -12,14 +12,13 @@
 
 namespace recon3d {
 
-// bins = 0: no time of flight. Lengths in mm, truncation in sigmas, 0 < truncation <= kTofMostTruncation.
+// bins = 0: no time of flight. Lengths in mm, truncation in sigmas, all positive.
 struct Tof {
   int64_t bins;
   double bin_mm, sigma_mm, truncation;
 };
 
-constexpr double kTofMostTruncation = 6.0;  // beyond it the cut-off is below 2e-9
-constexpr int kTofTerms = 32;
+constexpr int kTofTerms = 48;
 
 template <class T>
 struct TofCurve {
@@ -29,7 +28,7 @@ struct TofCurve {
   T c[kTofTerms];
 };
 
-// The curve of a truncation, to the precision of T.
+// The curve of a truncation, to the precision of T; beyond 8 sigma a Gaussian has nothing left to cut off.
 template <class T>
 TofCurve<T> tof_curve(double truncation);
 template <>

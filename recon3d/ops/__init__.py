@@ -7,6 +7,7 @@ from recon3d.ops.dot import dot
 from recon3d.ops.em import em_update, poisson_ratio
 from recon3d.ops.fbp import fbp
 from recon3d.ops.joseph3d import joseph3d, joseph3d_adjoint
+from recon3d.ops.joseph3d_sinogram import joseph3d_sinogram, joseph3d_sinogram_adjoint
 from recon3d.ops.nufft import nufft, nufft_adjoint, nufft_normal, nufft_toeplitz_kernel
 from recon3d.ops.nufft_plan import NufftPlan, nufft_plan
 from recon3d.ops.philox import NoiseKey, philox4x32, philox_bits, philox_normal
@@ -32,6 +33,8 @@ __all__ = [
     "gaussian_blur",
     "joseph3d",
     "joseph3d_adjoint",
+    "joseph3d_sinogram",
+    "joseph3d_sinogram_adjoint",
     "nufft",
     "nufft_adjoint",
     "nufft_normal",
