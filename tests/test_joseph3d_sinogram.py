@@ -98,7 +98,7 @@ SINOGRAMS = [
     Case("partly-outside", (9, 14, 14), ring_pairs(12, 11, 2.0)),
     Case("far-outside", (5, 8, 8), [(60.0, 4.0, 1.0, 3), (-90.0, -4.0, 2.0, 30), (0.0, 300.0, 1.0, 2)]),
     Case("between-planes", (15, 10, 10), [(-7.77, 1.9, 1.0, 14), (-4.31, -3.3, 1.0, 9)]),
-    Case("ends-inside", (11, 24, 24), ring_pairs(6, 5, 2.0), fan_lines(8, 9, 1.3, 8.3)),
+    Case("ends-inside", (11, 24, 24), ring_pairs(6, 2, 2.0), fan_lines(8, 9, 1.3, 8.3)),
     Case("diagonal", (9, 12, 12), ring_pairs(5, 3, 2.0), fan_lines(4, 12, 1.4142, 25.0, math.pi / 4)),
     Case("quarter-turns", (9, 12, 12), ring_pairs(5, 3, 2.0), fan_lines(2, 13, 1.0, 25.0, 0.0)),
     Case("flat", (1, 16, 16), [(0.0, 0.0, 1.0, 1)], fan_lines(9, 17, 1.0, 25.0)),
@@ -179,10 +179,10 @@ def test_lines_are_independent(case, isa):
 
 @pytest.mark.parametrize("tof", [None, BINS[0]], ids=["plain", "tof"])
 def test_gradcheck(tof):
-    case = Case("grad", (4, 3, 4), ring_pairs(2, 1, 2.0), fan_lines(2, 3, 1.1, 9.0), (1.0, 1.2, 0.9), tof)
+    case = Case("grad", (3, 2, 3), ring_pairs(2, 1, 2.0), fan_lines(2, 2, 1.1, 9.0), (1.0, 1.2, 0.9), tof)
     x, y = case.domain(2, torch.float64).requires_grad_(), case.range(2, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(case.A, (x,)) and torch.autograd.gradcheck(case.AT, (y,))
-    assert torch.autograd.gradgradcheck(case.A, (x,))
+    assert torch.autograd.gradgradcheck(case.A, (x[:1],))
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
