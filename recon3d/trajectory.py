@@ -73,15 +73,16 @@ def geometric(n: int, sigma_max: float, sigma_min: float) -> list[float]:
     return [sigma_max, *(sigma_max * (sigma_min / sigma_max) ** (k / (n - 1)) for k in range(1, n - 1)), sigma_min]
 
 
-def vp_times(n: int, grid: Literal["even", "published"] = "even", path: VP | None = None) -> list[int]:
+def vp_times(n: int, grid: Literal["even", "published"] = "even", path: VP | None = None, last: int = 0) -> list[int]:
     """n integer times of a discrete VP network, descending.
 
     Args:
         n: number of prior calls.
-        grid: "even" spreads the times over [0, T-1] and meets both ends whatever n is; "published" is
+        grid: "even" spreads the times over [last, T-1] and meets both ends whatever n is; "published" is
             range(0, T, T // n) backwards, which starts at 980 for n = 50 and gives more than n times where n does
             not divide T.
         path: the network's schedule, 1000 linear steps by default.
+        last: the last of the even times.
 
     >>> vp_times(50, "published")[:2], len(vp_times(50, "published")), vp_times(3)
     ([980, 960], 50, [999, 500, 0])
@@ -93,9 +94,11 @@ def vp_times(n: int, grid: Literal["even", "published"] = "even", path: VP | Non
         return list(range(0, steps, steps // n))[::-1]
     if grid != "even":
         raise ValueError(f"vp_times: grid must be 'even' or 'published', got {grid!r}")
+    if not 0 <= last <= steps - n:
+        raise ValueError(f"vp_times: last must leave room for {n} times below {steps}, got {last}")
     if n == 1:
         return [steps - 1]
-    return [math.floor((steps - 1) * (n - 1 - k) / (n - 1) + 0.5) for k in range(n)]
+    return [last + math.floor((steps - 1 - last) * (n - 1 - k) / (n - 1) + 0.5) for k in range(n)]
 
 
 def descend(

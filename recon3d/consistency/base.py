@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from recon3d.operators.base import LinearOperator
 from recon3d.trajectory import Level
 
-__all__ = ["Consistency", "Identity", "Projection"]
+__all__ = ["Consistency", "Guidance", "Identity", "Projection", "Visit"]
 
 On = Literal["estimate", "iterate"]
 
@@ -39,6 +39,39 @@ class Consistency(Protocol):
             level: where the trajectory is.
             state: duals of this part, checkpointed with the run; the part makes its own entries.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a data term may ask about a visit of the prior beyond its estimate.
+
+    Attributes:
+        u: the state that was denoised, [z, y, x]; not to be changed.
+        pull: v to (dx0/du)^T v, a volume each; asks the prior once more, this time with gradients.
+    """
+
+    u: Tensor
+    pull: Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """A data term that looks at the state too, or passes through the prior (`recon3d.consistency.gradient`)."""
+
+    @property
+    def on(self) -> On: ...
+
+    def guide(
+        self,
+        x0: Tensor,
+        y: Tensor,
+        operator: LinearOperator,
+        level: Level,
+        state: MutableMapping[str, Tensor],
+        visit: Visit,
+    ) -> Tensor:
+        """As `Consistency.step`, for the visit that gave x0."""
         ...
 
 

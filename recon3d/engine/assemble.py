@@ -5,12 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from recon3d import noise as keyed
-from recon3d.consistency import Conditional, Consistency, Identity, Projection, Rho, Solve
+from recon3d.consistency import Conditional, Consistency, Gradient, Guidance, Identity, Projection, Rho, Solve
 from recon3d.engine.loop import Executor, InProcess, Job, Start
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
 from recon3d.planes import Axial
-from recon3d.priors.base import Prior
+from recon3d.priors.base import Prior, differentiable
 from recon3d.priors.paths import VP
 from recon3d.recipes.model import Recipe, TrajectorySection
 from recon3d.regularisers import TVz
@@ -31,6 +31,7 @@ def assemble(
     seed: int = 0,
     executor: Executor | None = None,
     start_image: Tensor | None = None,
+    cond: Tensor | None = None,
 ) -> Job:
     """Assemble the parts that a recipe names.
 
@@ -44,9 +45,10 @@ def assemble(
         seed: of all random numbers.
         executor: runs the prior; the calling thread by default.
         start_image: the recipe's start image where it is known already; None computes it when the run begins.
+        cond: a volume beside the state for a prior that takes a condition.
 
     Raises:
-        ValueError: the recipe needs a noise model, or y does not fit the operator.
+        ValueError: the recipe needs a noise model or counts, or y does not fit the operator.
     """
     recipe = recipe.resolved()
     if tuple(y.shape) != tuple(operator.range.shape):
@@ -54,19 +56,25 @@ def assemble(
     depth = operator.domain.shape[0]
     start_noise = keyed.independent(depth, seed=seed) if recipe.noise.start == "independent" else None
     used = weights if recipe.consistency.weights == "noise" else None
+    guided = recipe.consistency.kind == "gradient" and recipe.consistency.through == "prior"
     return Job(
         operator=operator,
         y=y,
-        prior=prior,
+        prior=differentiable(prior) if guided else prior,
         trajectory=levels(recipe.trajectory, prior.scale),
         planes=Axial(depth),
-        consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed),
+        consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed, hasattr(operator, "expected")),
         renoise=_renoise(recipe, prior.scale),
         noise=_noise(recipe, operator, spacing_mm, seed),
         start=Start(
-            recipe.start.image if start_image is None else start_image, recipe.start.iterations, used, start_noise
+            recipe.start.image if start_image is None else start_image,
+            recipe.start.iterations,
+            used,
+            start_noise,
+            recipe.start.subsets,
         ),
         executor=executor or InProcess(),
+        cond=cond,
     )
 
 
@@ -77,8 +85,8 @@ def levels(section: TrajectorySection, scale: float) -> list[Level]:
         couplings = geometric(n, high, low) + [low] * section.repeats
         return sweeps(couplings, section.inner, section.inner_floor, scale, section.rho)
     if section.grid == "vp":
-        path = VP()
-        grid = [path.sigma(t) for t in vp_times(n, section.times, path)]
+        path = VP(beta_max=section.beta_max)
+        grid = [path.sigma(t) for t in vp_times(n, section.times, path, section.last_time)]
     elif section.grid == "karras":
         grid = karras(n, high, low, section.rho)
     else:
@@ -87,9 +95,13 @@ def levels(section: TrajectorySection, scale: float) -> list[Level]:
 
 
 def _consistency(
-    recipe: Recipe, scale: float, spacing_mm: float, weights: Tensor | None, depth: int, seed: int
-) -> Consistency:
+    recipe: Recipe, scale: float, spacing_mm: float, weights: Tensor | None, depth: int, seed: int, counts: bool
+) -> Consistency | Guidance:
     c, r = recipe.consistency, recipe.regulariser
+    if c.kind == "em":
+        raise ValueError(f"recipe {recipe.name}: consistency em needs counts (PET)")
+    if c.kind == "gradient":
+        return Gradient(c.strength, c.through, c.step, counts, weights, scale, c.subsets, c.on)
     if weights is None and (c.kind == "conditional" or (c.kind == "proximal_cg" and c.rho_rule == "bayes")):
         raise ValueError(
             f"recipe {recipe.name}: its data term weighs the measurement against the prior by their variances; give a "

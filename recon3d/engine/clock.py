@@ -14,18 +14,30 @@ from recon3d.operators.base import LinearOperator
 __all__ = ["Timed"]
 
 
+class _Clock:
+    seconds = 0.0
+
+
 class Timed(LinearOperator):
-    """Any operator, counting the wall time spent in it.
+    """Any operator, counting the wall time spent in it; its subsets count on the same clock.
+
+    What an operator has beyond the contract (`factors`, `additive`, `expected`, `sensitivity` of PET) is found here
+    too; functions of it are timed.
 
     Attributes:
         inner: the operator.
-        seconds: so far.
     """
 
-    def __init__(self, inner: LinearOperator) -> None:
+    def __init__(self, inner: LinearOperator, clock: _Clock | None = None) -> None:
         self.inner = inner
         self.domain, self.range, self.coupling = inner.domain, inner.range, inner.coupling
-        self.seconds = 0.0
+        self._clock = clock or _Clock()
+        self._subsets: dict[int, list[tuple[Self, Tensor]]] = {}
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far."""
+        return self._clock.seconds
 
     def forward(self, x: Tensor) -> Tensor:
         """As the inner operator, and so the others."""
@@ -44,18 +56,26 @@ class Timed(LinearOperator):
         return self._timed(self.inner.pinv, y)
 
     def subsets(self, n: int) -> list[tuple[Self, Tensor]]:
-        return [(type(self)(part), index) for part, index in self.inner.subsets(n)]
+        if n not in self._subsets:
+            parts = self._timed(self.inner.subsets, n)
+            self._subsets[n] = [(type(self)(part, self._clock), index) for part, index in parts]
+        return self._subsets[n]
 
     def norm(self, weights: Tensor | None = None, iterations: int = 20) -> float:
-        start = time.perf_counter()
-        value = self.inner.norm(weights, iterations)
-        self.seconds += time.perf_counter() - start
-        return value
+        return self._timed(self.inner.norm, weights, iterations)
 
-    def _timed(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not set yet
+            raise AttributeError(name)
+        value = getattr(self.inner, name)
+        if not callable(value):
+            return value
+        return lambda *arguments, **named: self._timed(value, *arguments, **named)
+
+    def _timed(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         start = time.perf_counter()
-        out = function(*arguments)
-        if out.is_cuda:
+        out = function(*arguments, **named)
+        if isinstance(out, Tensor) and out.is_cuda:
             torch.cuda.synchronize(out.device)
-        self.seconds += time.perf_counter() - start
+        self._clock.seconds += time.perf_counter() - start
         return out

@@ -25,6 +25,8 @@ from recon3d.engine.memory import trim
 # halvings allowed in one pass over the views: 8 slices in flight become 1
 MAX_RETRIES = 3
 _CUDA_BATCH = 8
+# stages of a level, for messages
+_ESTIMATE, _GRADIENT = "the prior", "the gradient through the prior"
 
 
 class NonFiniteError(ArithmeticError):
@@ -106,7 +108,7 @@ class Executor:
             views: what `planes.views` gave for this level.
             sigma: noise level, user units.
             level: index of the level, for messages.
-            cond: passed through to the prior.
+            cond: a volume beside u that the prior sees the same views of; for priors that take a condition.
 
         Returns:
             The estimate x0 with the shape, dtype and device of u.
@@ -116,18 +118,51 @@ class Executor:
             Interrupted: `stop` said so.
             ResourceError: memory ran out even after the batch was halved three times.
         """
-        out = torch.zeros_like(u)
-        start, cpu = time.perf_counter(), time.process_time()
-        try:
-            self._map(prior, planes, u, views, sigma, level, cond, out)
-        finally:
-            if u.is_cuda:
-                torch.cuda.synchronize(u.device)
-            else:
-                trim()  # activations make room for the data term's volumes
-            self.seconds += time.perf_counter() - start
-            self.cpu_seconds += time.process_time() - cpu
-        return out
+
+        def denoise(rows: Tensor, *condition: Tensor) -> Tensor:
+            with torch.inference_mode():
+                return prior.denoise(rows, sigma, *condition)
+
+        return self._map(denoise, planes, (u,) if cond is None else (u, cond), views, level, _ESTIMATE)
+
+    def pull(
+        self,
+        prior: PriorLike,
+        planes: PlanesLike,
+        u: Tensor,
+        views: Sequence[Any],
+        sigma: float,
+        v: Tensor,
+        *,
+        level: int = 0,
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        """(dx0/du)^T v for x0 = denoise(u): the direction v of estimates, carried back to the state.
+
+        Every view is denoised again, with gradients, so no more activations are alive than for the slices in flight,
+        and the result depends on batches and threads as little as the estimate's does. Planes must scatter by the
+        transpose of how they gather.
+
+        Args:
+            prior: differentiable (`recon3d.priors.base.differentiable`).
+            planes, u, views, sigma, level, cond: as for the estimate.
+            v: the shape of u.
+
+        Raises:
+            ValueError: the prior records no gradients.
+            NonFiniteError, Interrupted, ResourceError: as `denoise`.
+        """
+
+        def pulled(rows: Tensor, direction: Tensor, *condition: Tensor) -> Tensor:
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                x0 = prior.denoise(leaf, sigma, *condition)
+            if not x0.requires_grad:
+                raise ValueError(f"pull: {type(prior).__name__} records no gradients; it cannot be differentiated")
+            return torch.autograd.grad(x0, leaf, direction)[0]
+
+        volumes = (u, v) if cond is None else (u, v, cond)
+        return self._map(pulled, planes, volumes, views, level, _GRADIENT)
 
     def close(self) -> None:
         """End the worker threads."""
@@ -143,35 +178,54 @@ class Executor:
 
     def _map(
         self,
-        prior: PriorLike,
+        function: Callable[..., Tensor],
         planes: PlanesLike,
-        u: Tensor,
+        volumes: Sequence[Tensor],
         views: Sequence[Any],
-        sigma: float,
         level: int,
-        cond: Tensor | None,
+        stage: str,
+    ) -> Tensor:
+        """The volume of what `function` gives for each view of the volumes, all shaped as the first one."""
+        out = torch.zeros_like(volumes[0])
+        start, cpu = time.perf_counter(), time.process_time()
+        try:
+            self._work(function, planes, volumes, views, level, stage, out)
+        finally:
+            if out.is_cuda:
+                torch.cuda.synchronize(out.device)
+            else:
+                trim()  # activations make room for the data term's volumes
+            self.seconds += time.perf_counter() - start
+            self.cpu_seconds += time.process_time() - cpu
+        return out
+
+    def _work(
+        self,
+        function: Callable[..., Tensor],
+        planes: PlanesLike,
+        volumes: Sequence[Tensor],
+        views: Sequence[Any],
+        level: int,
+        stage: str,
         out: Tensor,
     ) -> None:
         """Work through the views in order, starting again behind the last scattered one when memory runs out."""
-        batch = self.batch_size or (_CUDA_BATCH if u.is_cuda else self.workers)
-        run = self._run_batches if u.is_cuda else self._run_pool
+        batch = self.batch_size or (_CUDA_BATCH if out.is_cuda else self.workers)
+        run = self._run_batches if out.is_cuda else self._run_pool
         done = 0
 
-        def denoise(rows: Tensor) -> Tensor:
-            with torch.inference_mode():
-                return prior.denoise(rows, sigma) if cond is None else prior.denoise(rows, sigma, cond)
-
-        def finish(x0: Tensor, view: Any, ok: bool) -> None:
+        def finish(rows: Tensor, view: Any, ok: bool) -> None:
             nonlocal done
             if not ok:
-                raise NonFiniteError("the prior", level, _first_slice(view, done))
-            planes.scatter(out, x0, view)
+                raise NonFiniteError(stage, level, _first_slice(view, done))
+            planes.scatter(out, rows, view)
             done += 1
-            self.events.emit("slices", level=level, done=done, total=len(views))
+            if stage == _ESTIMATE:
+                self.events.emit("slices", level=level, done=done, total=len(views))
 
         for retry in range(MAX_RETRIES + 1):
             try:
-                run(denoise, planes, u, views, batch, finish, lambda: done)
+                run(function, planes, volumes, views, batch, finish, lambda: done)
                 return
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
@@ -184,15 +238,15 @@ class Executor:
                 )
             batch = max(1, batch // 2)
             self.batch_size = batch
-            if u.is_cuda:
+            if out.is_cuda:
                 torch.cuda.empty_cache()
             self.events.emit("out_of_memory", level=level, batch_size=batch, message=message)
 
     def _run_pool(
         self,
-        denoise: Callable[[Tensor], Tensor],
+        function: Callable[..., Tensor],
         planes: PlanesLike,
-        u: Tensor,
+        volumes: Sequence[Tensor],
         views: Sequence[Any],
         batch: int,
         finish: Callable[[Tensor, Any, bool], None],
@@ -205,9 +259,14 @@ class Executor:
         def work(view: Any) -> tuple[Tensor, bool]:
             if torch.get_num_threads() != 1:
                 torch.set_num_threads(1)
-            rows = planes.gather(u, view)
+            gathered = [planes.gather(volume, view).split(1) for volume in volumes]
             # cloned: a slice starts on an aligned address wherever it lies in the stack
-            x0 = torch.cat([denoise(row.clone(memory_format=torch.contiguous_format)) for row in rows.split(1)])
+            x0 = torch.cat(
+                [
+                    function(*(row.clone(memory_format=torch.contiguous_format) for row in rows))
+                    for rows in zip(*gathered, strict=True)
+                ]
+            )
             return x0, finite(x0)
 
         pending: dict[int, Future[tuple[Tensor, bool]]] = {}
@@ -241,9 +300,9 @@ class Executor:
 
     def _run_batches(
         self,
-        denoise: Callable[[Tensor], Tensor],
+        function: Callable[..., Tensor],
         planes: PlanesLike,
-        u: Tensor,
+        volumes: Sequence[Tensor],
         views: Sequence[Any],
         batch: int,
         finish: Callable[[Tensor, Any, bool], None],
@@ -253,26 +312,28 @@ class Executor:
         while done() < len(views):
             if self.stop():
                 raise Interrupted
-            parts: list[Tensor] = []
+            parts: list[list[Tensor]] = []
             group: list[Any] = []
             rows = 0
             for view in views[done() :]:
-                part = planes.gather(u, view)
-                if group and rows + part.shape[0] > batch:
+                part = [planes.gather(volume, view) for volume in volumes]
+                count = part[0].shape[0]
+                if group and rows + count > batch:
                     break
                 parts.append(part)
                 group.append(view)
-                rows += part.shape[0]
+                rows += count
                 if rows >= batch:
                     break
+            counts = [part[0].shape[0] for part in parts]
             if rows < batch:
-                parts.append(parts[-1][-1:].expand(batch - rows, *parts[-1].shape[1:]))
-            x0 = denoise(torch.cat(parts))
+                parts.append([p[-1:].expand(batch - rows, *p.shape[1:]) for p in parts[-1]])
+            x0 = function(*(torch.cat(stack) for stack in zip(*parts, strict=True)))
             first = 0
-            for view, part in zip(group, parts, strict=False):
-                rows0 = x0[first : first + part.shape[0]]
+            for view, count in zip(group, counts, strict=True):
+                rows0 = x0[first : first + count]
                 finish(rows0, view, finite(rows0))
-                first += part.shape[0]
+                first += count
 
 
 def finite(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from recon3d.consistency import Consistency, conjugate_gradients
+from recon3d.consistency import Consistency, Guidance, Visit, conjugate_gradients
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
 from recon3d.planes import Planes, View
@@ -33,22 +33,74 @@ class Executor(Protocol):
     """Runs the prior over the views of a volume; recon3d.engine.executor has the one for real jobs."""
 
     def denoise(
-        self, prior: Prior, planes: Planes, u: Tensor, views: Sequence[View], sigma: float, *, level: int = 0
+        self,
+        prior: Prior,
+        planes: Planes,
+        u: Tensor,
+        views: Sequence[View],
+        sigma: float,
+        *,
+        level: int = 0,
+        cond: Tensor | None = None,
     ) -> Tensor:
         """The volume of estimates x0; u is not changed."""
         ...
 
+    def pull(
+        self,
+        prior: Prior,
+        planes: Planes,
+        u: Tensor,
+        views: Sequence[View],
+        sigma: float,
+        v: Tensor,
+        *,
+        level: int = 0,
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        """(dx0/du)^T v."""
+        ...
+
 
 class InProcess:
-    """The executor in three lines: view after view, in the calling thread."""
+    """The executor in few lines: view after view, in the calling thread."""
 
     def denoise(
-        self, prior: Prior, planes: Planes, u: Tensor, views: Sequence[View], sigma: float, *, level: int = 0
+        self,
+        prior: Prior,
+        planes: Planes,
+        u: Tensor,
+        views: Sequence[View],
+        sigma: float,
+        *,
+        level: int = 0,
+        cond: Tensor | None = None,
     ) -> Tensor:
         x0 = torch.zeros_like(u)
         for view in views:
-            planes.scatter(x0, prior.denoise(planes.gather(u, view), sigma), view)
+            beside = () if cond is None else (planes.gather(cond, view),)
+            planes.scatter(x0, prior.denoise(planes.gather(u, view), sigma, *beside), view)
         return x0
+
+    def pull(
+        self,
+        prior: Prior,
+        planes: Planes,
+        u: Tensor,
+        views: Sequence[View],
+        sigma: float,
+        v: Tensor,
+        *,
+        level: int = 0,
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        out = torch.zeros_like(u)
+        for view in views:
+            beside = () if cond is None else (planes.gather(cond, view),)
+            rows = planes.gather(u, view).detach().clone().requires_grad_()
+            x0 = prior.denoise(rows, sigma, *beside)
+            planes.scatter(out, torch.autograd.grad(x0, rows, planes.gather(v, view))[0], view)
+        return out
 
 
 @dataclass(frozen=True)
@@ -57,16 +109,19 @@ class Start:
 
     Attributes:
         image: "offset" is the prior's zero everywhere (a cold start), "pinv" the operator's direct inverse (FBP), "cg"
-            conjugate gradients on A^T W A from the prior's zero; or the image itself.
-        iterations: of "cg".
+            conjugate gradients on A^T W A from the prior's zero, "osem" ordered-subsets EM on counts from a uniform
+            image; or the image itself.
+        iterations: of "cg"; passes over the data of "osem".
         weights: W of "cg"; None for 1.
         noise: key of the start's noise; None takes the job's, so that it is tied between slices as the steps' noise is.
+        subsets: of "osem".
     """
 
-    image: Literal["offset", "pinv", "cg"] | Tensor = "offset"
+    image: Literal["offset", "pinv", "cg", "osem"] | Tensor = "offset"
     iterations: int = 20
     weights: Tensor | None = None
     noise: NoiseKey | None = None
+    subsets: int = 1
 
 
 @dataclass
@@ -84,6 +139,7 @@ class Job:
         noise: key of all random numbers of the run, for the volume's slices.
         start: the first state.
         executor: runs the prior.
+        cond: a volume that the prior is shown beside the state (an MR or CT image on the same grid), or None.
         check: called with (tensor, stage, level index) after every part; raises on NaN.
     """
 
@@ -92,11 +148,12 @@ class Job:
     prior: Prior
     trajectory: Sequence[Level]
     planes: Planes
-    consistency: Consistency
+    consistency: Consistency | Guidance
     renoise: Renoise
     noise: NoiseKey
     start: Start = field(default_factory=Start)
     executor: Executor = field(default_factory=InProcess)
+    cond: Tensor | None = None
     check: Callable[[Tensor, str, int], None] = lambda x, stage, level: None
 
 
@@ -163,12 +220,12 @@ def run(job: Job, state: State) -> Iterator[Level]:
 
     for level in job.trajectory[state.index :]:
         views = job.planes.views(level)
-        x0 = job.executor.denoise(job.prior, job.planes, state.u, views, level.sigma, level=level.index)
+        x0 = job.executor.denoise(job.prior, job.planes, state.u, views, level.sigma, level=level.index, cond=job.cond)
         job.check(x0, "the prior", level.index)
-        x0c = _consistent(job, x0, level, state) if on_estimate else x0
+        x0c = _consistent(job, x0, level, state, views) if on_estimate else x0
         state.u = job.renoise(state.u, x0, x0c, level, job.noise.at(level.index, _STEP))
         if not on_estimate:
-            state.u = _consistent(job, state.u, level, state)
+            state.u = _consistent(job, state.u, level, state, views)
         state.index = level.index + 1
         yield level
 
@@ -181,9 +238,17 @@ def reconstruct(job: Job) -> Tensor:
     return state.u
 
 
-def _consistent(job: Job, x: Tensor, level: Level, state: State) -> Tensor:
+def _consistent(job: Job, x: Tensor, level: Level, state: State, views: Sequence[View]) -> Tensor:
     if not level.data:
         return x
-    x = job.consistency.step(x, job.y, job.operator, level, state.duals)
+    if isinstance(job.consistency, Guidance):
+        u = state.u
+
+        def pull(v: Tensor) -> Tensor:
+            return job.executor.pull(job.prior, job.planes, u, views, level.sigma, v, level=level.index, cond=job.cond)
+
+        x = job.consistency.guide(x, job.y, job.operator, level, state.duals, Visit(u, pull))
+    else:
+        x = job.consistency.step(x, job.y, job.operator, level, state.duals)
     job.check(x, "data consistency", level.index)
     return x

@@ -6,6 +6,7 @@ network's units, related by  network value = (user value - offset) / scale,  so 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-__all__ = ["ModelCard", "Prior", "check_plane"]
+__all__ = ["ModelCard", "Prior", "check_plane", "differentiable"]
 
 Plane = Literal["axial", "coronal", "sagittal", "any"]
 
@@ -71,6 +72,22 @@ class Prior(Protocol):
     def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
         """E[x0 | x0 + sigma eps = u] for u [batch, channel, row, col] in user units, shaped as u."""
         ...
+
+
+def differentiable(prior: Prior) -> Prior:
+    """The prior with gradients recorded through `denoise` where the caller asks for them.
+
+    A shallow copy where there is a switch for it, here or in the prior that an adapter (`prior.prior`) hands on to; a
+    prior that is plain torch has none and comes back as it is. Weights are shared.
+    """
+    out: Any = prior
+    if hasattr(out, "differentiable"):
+        out = copy.copy(out)
+        out.differentiable = True
+    elif hasattr(out, "prior"):
+        out = copy.copy(out)
+        out.prior = differentiable(out.prior)
+    return out
 
 
 def check_plane(card: ModelCard, plane: str, spacing_mm: float | Sequence[float]) -> str | None:

@@ -29,11 +29,13 @@ class Provenance(_Section):
 class StartSection(_Section):
     """The first state: an image plus noise of the first level."""
 
-    image: Literal["offset", "pinv", "cg"] = Field(
+    image: Literal["offset", "pinv", "cg", "osem"] = Field(
         "offset",
-        description="the prior's zero (cold), the operator's direct inverse (FBP), or conjugate gradients",
+        description="the prior's zero (cold), the operator's direct inverse (FBP), conjugate gradients, or for counts "
+        "ordered-subsets EM",
     )
-    iterations: int = Field(20, ge=1, description="of cg")
+    iterations: int = Field(20, ge=1, description="of cg; passes over all counts of osem")
+    subsets: int = Field(1, ge=1, description="osem: subsets of the views")
 
 
 class TrajectorySection(_Section):
@@ -47,6 +49,8 @@ class TrajectorySection(_Section):
     times: Literal["even", "published"] = Field(
         "even", description="vp: meet both ends, or range(0, 1000, 1000 // levels)"
     )
+    beta_max: float = Field(0.02, gt=0, lt=1, description="vp: last of the network's 1000 linear steps from 1e-4")
+    last_time: int = Field(0, ge=0, le=998, description="vp: even times end here")
     sigmas: list[float] = Field(default_factory=list, description="explicit: the levels, descending")
     inner: int = Field(8, ge=1, description="sweeps: prior calls per sweep")
     inner_floor: float = Field(0.1, gt=0, lt=1, description="sweeps: lowest level as a fraction of the coupling")
@@ -69,15 +73,21 @@ class TrajectorySection(_Section):
 class ConsistencySection(_Section):
     """How the data enter. With a regulariser, krylov and proximal_cg become ADMM."""
 
-    kind: Literal["none", "krylov", "proximal_cg", "projection", "conditional"] = "proximal_cg"
-    iterations: int = Field(5, ge=1, le=10_000, description="conjugate-gradient iterations, at most")
+    kind: Literal["none", "krylov", "proximal_cg", "projection", "conditional", "em", "gradient"] = Field(
+        "proximal_cg",
+        description="em: ordered-subsets expectation maximisation for counts; gradient: one step down the misfit",
+    )
+    iterations: int = Field(
+        5, ge=1, le=10_000, description="conjugate-gradient iterations, at most; em: subset updates per level"
+    )
     tolerance: float = Field(0.0, ge=0, lt=1, description="a slice is solved at this relative residual")
     rho_rule: Literal["relative", "growing", "bayes", "absolute"] = Field(
         "relative",
         description="proximal_cg: rho ||A^T W A||; that times (sigma_ref/sigma)^2; rho/r^2 with 1/r^2 = 1/sigma^2 + "
-        "1/prior_std^2 (weights must be inverse variances); or rho itself",
+        "1/prior_std^2 (weights must be inverse variances; counts know theirs); or rho itself. em: relative to "
+        "the mean of A^T 1 over the network unit; absolute in network units",
     )
-    rho: float = Field(0.01, ge=0, description="proximal_cg: weight of the prior's estimate")
+    rho: float = Field(0.01, ge=0, description="proximal_cg, em: weight of the prior's estimate")
     sigma_ref: float = Field(1.0, gt=0, description="growing: level at which rho is relative, network units")
     prior_std: float | None = Field(None, gt=0, description="bayes: spread of the prior's pixels, network units")
     weights: Literal["noise", "none"] = Field("noise", description="inverse variances of the noise model, or 1")
@@ -88,18 +98,42 @@ class ConsistencySection(_Section):
     precondition: Literal["none", "filter"] = Field(
         "none", description="proximal_cg: solve with a tomographic filter, 5 iterations for 20"
     )
+    subsets: int = Field(1, ge=1, description="em, gradient of counts: subsets of the views, one per update in turn")
+    form: Literal["surrogate", "gradient"] = Field(
+        "surrogate",
+        description="em: the maximum of a separable surrogate, which no weight makes diverge, or a preconditioned "
+        "gradient step (published)",
+    )
+    target: Literal["none", "likelihood"] = Field(
+        "none", description="em: at most `iterations` updates, until the likelihood is that of a matching MLEM iterate"
+    )
+    strength: float = Field(1.0, gt=0, description="gradient: step length, see step")
+    through: Literal["prior", "state"] = Field(
+        "prior", description="gradient: at the estimate and back through the prior, or at the noisy state"
+    )
+    step: Literal["curvature", "variance", "objective"] = Field(
+        "curvature",
+        description="gradient: strength times sigma^2 over 1 + sigma^2 curvature, times the level's loss of variance, "
+        "or over the misfit (published)",
+    )
 
 
 class RegulariserSection(_Section):
     """How slices are tied together."""
 
-    kind: Literal["none", "tvz"] = "none"
+    kind: Literal["none", "tvz", "rdp"] = Field(
+        "none", description="total variation along z, or the relative difference prior (consistency em)"
+    )
     threshold: float = Field(0.004, ge=0, description="tvz: jump between slices that is shrunk away, network units")
     rho: float = Field(0.025, gt=0, description="tvz: rho_z / ||A^T W A||")
     reference_mm: float | None = Field(
         None, gt=0, description="tvz: threshold is per this distance; null: per slice, whatever the spacing"
     )
     boundary: Literal["neumann", "periodic"] = Field("neumann", description="periodic joins the last to the first")
+    strength: float = Field(1.0, ge=0, description="rdp: weight against the log-likelihood, network units")
+    gamma: float = Field(2.0, ge=0, description="rdp: larger keeps edges")
+    epsilon: float = Field(1e-3, gt=0, description="rdp: sums of activities below count as this, network units")
+    axes: Literal["z", "zyx"] = Field("z", description="rdp: neighbours along z, or along all three axes")
 
 
 class RenoiseSection(_Section):
@@ -170,6 +204,10 @@ class Recipe(_Section):
             raise ValueError("consistency conditional and trajectory sweeps belong together")
         if self.regulariser.kind == "tvz" and self.consistency.kind not in ("krylov", "proximal_cg"):
             raise ValueError(f"regulariser tvz needs consistency krylov or proximal_cg, got {self.consistency.kind}")
+        if self.regulariser.kind == "rdp" and self.consistency.kind != "em":
+            raise ValueError(f"regulariser rdp needs consistency em, got {self.consistency.kind}")
+        if self.consistency.subsets > 1 and self.consistency.kind not in ("em", "gradient"):
+            raise ValueError(f"subsets need consistency em or gradient, got {self.consistency.kind}")
         if self.consistency.precondition != "none" and self.consistency.kind != "proximal_cg":
             raise ValueError(f"precondition filter needs consistency proximal_cg, got {self.consistency.kind}")
         if self.claims == "posterior_sample" and self.noise.kind != "independent":
