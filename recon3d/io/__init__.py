@@ -4,12 +4,16 @@ from pathlib import Path
 
 from recon3d.io.atomic import atomic_write
 from recon3d.io.guard import BadInput, Limits
+from recon3d.io.interfile import read_interfile_geometry, write_interfile, write_interfile_image
 from recon3d.io.kspace import KSpace, KSpaceOptions
 from recon3d.io.kspace_layout import write_kspace_hdf5
 from recon3d.io.layout import write_measurement
 from recon3d.io.measurement import Measurement, ReadOptions
+from recon3d.io.mu_map import read_mu_map
 from recon3d.io.nifti import NiftiHeader, read_nifti, read_nifti_header, write_nifti
-from recon3d.io.read import describe, read_kspace, read_measurement, read_projections
+from recon3d.io.pet import PETData, PETInfo, PETOptions
+from recon3d.io.pet_folder import write_pet_folder
+from recon3d.io.read import describe, read_kspace, read_measurement, read_pet, read_projections
 from recon3d.io.units import MU_WATER_PER_MM, hu_to_mu, mu_to_hu
 
 __all__ = [
@@ -20,6 +24,9 @@ __all__ = [
     "Limits",
     "Measurement",
     "NiftiHeader",
+    "PETData",
+    "PETInfo",
+    "PETOptions",
     "ReadOptions",
     "atomic_write",
     "demo_kspace_path",
@@ -27,14 +34,20 @@ __all__ = [
     "describe",
     "hu_to_mu",
     "mu_to_hu",
+    "read_interfile_geometry",
     "read_kspace",
     "read_measurement",
+    "read_mu_map",
     "read_nifti",
     "read_nifti_header",
+    "read_pet",
     "read_projections",
+    "write_interfile",
+    "write_interfile_image",
     "write_kspace_hdf5",
     "write_measurement",
     "write_nifti",
+    "write_pet_folder",
 ]
 
 

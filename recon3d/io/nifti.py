@@ -56,6 +56,7 @@ class NiftiHeader:
         scaling: slope and intercept.
         orientation: where i, j, k point, such as "LPS".
         compressed: whether the file is gzipped.
+        description, intent: free texts of the header, where units are written down.
     """
 
     shape: tuple[int, int, int]
@@ -65,6 +66,8 @@ class NiftiHeader:
     scaling: tuple[float, float]
     orientation: str
     compressed: bool
+    description: str = ""
+    intent: str = ""
 
 
 def read_nifti(
@@ -112,6 +115,7 @@ def write_nifti(
     dtype: Literal["float32", "int16"] = "float32",
     orientation: str | None = None,
     mu_water_per_mm: float = MU_WATER_PER_MM,
+    label: str | None = None,
 ) -> None:
     """Writes a volume with sform and qform; the file appears whole or not at all.
 
@@ -123,6 +127,7 @@ def write_nifti(
         dtype: "int16" rounds HU to whole units and other values to 1/65534 of their range, with the slope stated.
         orientation: where the stored axes are to point, such as "RAS"; None keeps the volume's own.
         mu_water_per_mm: attenuation of water.
+        label: the unit as the header's texts are to state it, such as "Bq/mL"; None states `unit`.
 
     Raises:
         ValueError: the shape is not the grid's, a value is not finite, or the name or orientation is unknown.
@@ -157,7 +162,8 @@ def write_nifti(
     header.set_sform(affine, code=1)
     header.set_qform(affine, code=1, strip_shears=True)  # sets pixdim; a quaternion cannot hold shear, the sform does
     header["scl_slope"], header["scl_inter"], header["vox_offset"] = slope, intercept, 352
-    header["descrip"] = f"recon3d, {'HU' if unit == 'hu' else unit}"
+    header["descrip"] = f"recon3d, {label or ('HU' if unit == 'hu' else unit)}"
+    header["intent_name"] = label or ""
     with atomic_write(path) as file:
         if path.name.endswith(".gz"):
             # no name and no time inside: the same volume gives the same bytes; level 6 costs twice less than 9
@@ -266,9 +272,16 @@ def _read_header(
             scaling=check_scaling(path, float(raw["scl_slope"]), float(raw["scl_inter"])),
             orientation="".join(aff2axcodes(affine)),
             compressed=compressed,
+            description=_text(raw["descrip"]),
+            intent=_text(raw["intent_name"]),
         )
     _skip(path, stream, header.offset - len(block))
     return header, stream
+
+
+def _text(raw: Any) -> str:
+    text = raw.item().split(b"\0", 1)[0].decode("latin1")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _mm(raw: Any) -> float:

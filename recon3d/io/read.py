@@ -11,6 +11,8 @@ from recon3d.io.dataexchange import read_data_exchange
 from recon3d.io.fastmri import check_shape, grid_of, read_fastmri, readout_size
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_file
 from recon3d.io.hdf5 import HDF5_SIGNATURE, HDF5Reader, Tree
+from recon3d.io.interfile import describe_interfile, read_interfile
+from recon3d.io.interfile_header import is_interfile, read_interfile_header
 from recon3d.io.ismrmrd import describe_ismrmrd, find_group, read_ismrmrd
 from recon3d.io.kspace import KSpace, KSpaceOptions, describe_grid, describe_sampling, sampled_points
 from recon3d.io.kspace_layout import describe_kspace_hdf5, read_kspace_hdf5
@@ -18,26 +20,30 @@ from recon3d.io.layout import load_npz, read_sinogram_hdf5, read_sinogram_npz
 from recon3d.io.measurement import Measurement, ReadOptions
 from recon3d.io.mrheader import parse_header
 from recon3d.io.nifti import read_nifti_header
+from recon3d.io.pet import PETData, PETOptions
+from recon3d.io.pet_folder import describe_pet_folder, is_pet_folder, read_pet_folder
+from recon3d.io.petlink import describe_petlink, is_petlink, read_petlink
 from recon3d.io.twix import describe_twix, is_twix, read_twix
 
 _READ = (
     "Data Exchange, sinograms, fastMRI, ISMRMRD and recon3d's k-space in HDF5, sinograms in npz, "
-    "BART's cfl, Siemens twix, and NIfTI are read"
+    "BART's cfl, Siemens twix, NIfTI, and for PET Interfile and PETLINK headers or a folder with prompts.hs are read"
 )
 
 
 def read_measurement(
     path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any
-) -> Measurement | KSpace:
-    """A measurement of any kind: line integrals or k-space, as the content of the file says.
+) -> Measurement | KSpace | PETData:
+    """A measurement of any kind: line integrals, k-space or PET counts, as the content of the file says.
 
     Args:
-        path: the file; its content tells the format.
+        path: the file, or the folder of a PET measurement; its content tells the format.
         limits: how much memory it may claim.
-        **options: fields of ReadOptions for projections, of KSpaceOptions for k-space: what the file does not say.
+        **options: fields of ReadOptions for projections, of KSpaceOptions for k-space, of PETOptions for PET: what the
+            file does not say.
 
     Returns:
-        a Measurement or a KSpace; its notes say what was assumed.
+        a Measurement, a KSpace or a PETData; its notes say what was assumed.
 
     Raises:
         BadInput: the file is of no known format, damaged, contradictory, not finite, or does not say what is needed.
@@ -69,7 +75,8 @@ def read_projections(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_L
     ReadOptions.of(options)
     found = read_measurement(path, limits=limits, **options)
     if not isinstance(found, Measurement):
-        raise BadInput(path, "holds k-space of an MR scanner, not projections", "use it in an MRI job")
+        kind, job = ("k-space of an MR scanner", "an MRI") if isinstance(found, KSpace) else ("PET counts", "a PET")
+        raise BadInput(path, f"holds {kind}, not projections", f"use it in {job} job")
     return found
 
 
@@ -94,7 +101,34 @@ def read_kspace(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS
     KSpaceOptions.of(options)
     found = read_measurement(path, limits=limits, **options)
     if not isinstance(found, KSpace):
-        raise BadInput(path, "holds projections, not k-space of an MR scanner", "use it in a CT job")
+        kind, job = ("PET counts", "a PET") if isinstance(found, PETData) else ("projections", "a CT")
+        raise BadInput(path, f"holds {kind}, not k-space of an MR scanner", f"use it in {job} job")
+    return found
+
+
+def read_pet(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any) -> PETData:
+    """PET counts from Interfile sinograms of STIR or Siemens, Siemens list mode, or a folder with PETRIC's names.
+
+    Args:
+        path: the header, or the folder.
+        limits: how much memory it may claim.
+        **options: fields of PETOptions: what the file does not say, or which part of it is wanted.
+
+    Returns:
+        counts with their bins and what belongs to them; its notes say what was assumed or left out.
+
+    Raises:
+        BadInput: the file is none of these, damaged, contradictory, or holds what are no counts.
+        TypeError: an option that does not exist.
+        ValueError: options that cannot be.
+
+    >>> read_pet("scan.l.hdr", seconds=(0.0, 60.0), span=11)  # doctest: +SKIP
+    """
+    PETOptions.of(options)
+    found = read_measurement(path, limits=limits, **options)
+    if not isinstance(found, PETData):
+        kind, job = ("k-space of an MR scanner", "an MRI") if isinstance(found, KSpace) else ("projections", "a CT")
+        raise BadInput(path, f"holds {kind}, not PET counts", f"use it in {job} job")
     return found
 
 
@@ -110,9 +144,14 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     kind = _kind(path)
     if kind == "cfl":
         return {"path": os.fspath(path), **describe_cfl(path)}
+    if kind == "pet folder":
+        return {"path": os.fspath(path), **describe_pet_folder(path)}
     out: dict[str, Any] = {"path": os.fspath(path), "bytes": check_file(path)}
     if kind == "twix":
         return out | describe_twix(path)
+    if kind == "interfile":
+        listed = is_petlink(read_interfile_header(path))
+        return out | (describe_petlink(path) if listed else describe_interfile(path))
     if kind == "nifti":
         header = read_nifti_header(path)
         steps = (header.affine[:3, :3] ** 2).sum(axis=0) ** 0.5
@@ -191,8 +230,13 @@ def _describe_fastmri(path: str | os.PathLike[str], reader: HDF5Reader, tree: Tr
     }
 
 
-def _read(path: str | os.PathLike[str], options: dict[str, Any], limits: Limits) -> Measurement | KSpace:
+def _read(path: str | os.PathLike[str], options: dict[str, Any], limits: Limits) -> Measurement | KSpace | PETData:
     kind = _kind(path)
+    if kind == "pet folder":
+        return read_pet_folder(path, PETOptions.of(options), limits)
+    if kind == "interfile":
+        listed = is_petlink(read_interfile_header(path))
+        return (read_petlink if listed else read_interfile)(path, PETOptions.of(options), limits)
     if kind == "cfl":
         return read_cfl(path, KSpaceOptions.of(options), limits)
     if kind == "twix":
@@ -228,6 +272,8 @@ def _short(attributes: dict[str, Any]) -> dict[str, Any]:
 def _kind(path: str | os.PathLike[str]) -> str:
     if cfl_pair(path) is not None:
         return "cfl"
+    if is_pet_folder(path):
+        return "pet folder"
     check_file(path)
     with Path(path).open("rb") as file:
         head = file.read(8)
@@ -238,6 +284,8 @@ def _kind(path: str | os.PathLike[str]) -> str:
     sizes = {int.from_bytes(head[:4], "little"), int.from_bytes(head[:4], "big")}
     if head[:2] == b"\x1f\x8b" or sizes & {348, 540}:
         return "nifti"
+    if is_interfile(path):
+        return "interfile"
     if is_twix(path):
         return "twix"
     raise BadInput(path, "is of no known format", _READ)
