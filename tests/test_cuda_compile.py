@@ -14,6 +14,7 @@ CSRC = Path(__file__).parent.parent / "csrc"
 # registers a thread may use; 128 lets two blocks of 256 threads share a multiprocessor, 80 lets three; gather_cells
 # and interpolate_points want three and six blocks of 128 threads
 BUDGET = {"forward_stack": 128, "adjoint_stack": 80, "gather_cells": 168, "interpolate_points": 80}
+BUDGET |= {"forward_lines": 128, "adjoint_lines": 128, "adjoint_columns": 128}
 # up to seven complex doubles of a butterfly
 BUDGET |= {f"{kernel}Id": 128 for kernel in ("sense_lines_kernel", "sense_rows_in", "sense_columns", "sense_rows_out")}
 DEFAULT_BUDGET = 64
