@@ -15,7 +15,7 @@ import torch
 
 from recon3d.io import BadInput
 from recon3d.priors import ModelCard, Prior, check_plane, load_prior, packaged_priors
-from recon3d.priors.checkpoints import build_unet, read_folder, write_folder
+from recon3d.priors.checkpoints import build_network, read_folder, write_folder
 from recon3d.priors.complex import complex_prior
 from recon3d.priors.network_prior import NetworkPrior, check_sigma, compute_dtype
 from recon3d.priors.networks import EDMDenoiser, UNet, UNetConfig
@@ -401,7 +401,7 @@ def test_folder_round_trip(folder):
 
 def _load(folder: Path) -> None:
     card, state = read_folder(folder)
-    build_unet(card, state, folder)
+    build_network(card, state, folder)
 
 
 def test_weights_of_another_digest(folder):

@@ -30,16 +30,16 @@ def load_prior(
     Raises:
         BadInput: there is no such prior, or its files are damaged.
     """
-    from recon3d.priors.checkpoints import build_unet, read_folder
+    from recon3d.priors.checkpoints import build_network, read_folder
     from recon3d.priors.network_prior import NetworkPrior
 
     folder = find_prior(name_or_path)
     card, state = read_folder(folder)
-    if card.sigma_data is None:
+    if card.prediction == "edm" and card.sigma_data is None:
         from recon3d.io import BadInput
 
         raise BadInput(folder / "card.json", "sigma_data is missing", "write the card with recon3d train")
-    return NetworkPrior(build_unet(card, state, folder), card, device, precision)
+    return NetworkPrior(build_network(card, state, folder), card, device, precision)
 
 
 def packaged_priors() -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recon3d.priors.base import ModelCard
-from recon3d.priors.networks import UNet
+from recon3d.priors.networks import Network
+from recon3d.priors.paths import noise_path, to_denoiser
 
 __all__ = ["NetworkPrior", "check_sigma", "compute_dtype"]
 
@@ -24,10 +25,10 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class NetworkPrior:
-    """An EDM-preconditioned U-Net with its card. Calls may come from several threads at once.
+    """A network with the card that says what it answers. Calls may come from several threads at once.
 
     Args:
-        net: the raw network; it is frozen and put into evaluation mode. card: offset, scale, sigma_data and
+        net: the raw network; it is frozen and put into evaluation mode. card: offset, scale, prediction and
         the rest. device: where it runs. precision: "auto" is bfloat16 where the device computes with it
         natively, else float32. differentiable: record gradients with respect to u (needed by
         gradient-through-the-prior methods only).
@@ -35,13 +36,13 @@ class NetworkPrior:
 
     def __init__(
         self,
-        net: UNet,
+        net: Network,
         card: ModelCard,
         device: str | torch.device = "cpu",
         precision: Precision = "auto",
         differentiable: bool = False,
     ) -> None:
-        if card.sigma_data is None:
+        if card.prediction == "edm" and card.sigma_data is None:
             raise ValueError(f"NetworkPrior: card of {card.name!r} must give sigma_data, got none")
         self.card = card
         self.offset = card.offset
@@ -49,7 +50,7 @@ class NetworkPrior:
         self.device = torch.device(device)
         self.dtype = compute_dtype(self.device, precision)
         self.differentiable = differentiable
-        self._sigma_data = card.sigma_data
+        self._path = None if card.prediction == "edm" else noise_path(card.path, card.schedule)
         self._net = net.to(self.device).for_inference(self.dtype)
 
     def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
@@ -91,16 +92,22 @@ class NetworkPrior:
         h, w = x.shape[-2:]
         m = self._net.config.multiple
         dh, dw = -h % m, -w % m
+
+        def net(y: Tensor, t: float) -> Tensor:
+            if dh or dw:
+                y = F.pad(y, (0, dw, 0, dh), mode="reflect" if dh < h and dw < w else "replicate")
+            time = torch.full((1,), t, dtype=torch.float32, device=x.device)
+            out: Tensor = self._net(y.contiguous(memory_format=torch.channels_last), time)
+            # networks that learned a variance too give it in further channels
+            return out[:, : x.shape[1], :h, :w]
+
+        if self._path is not None:
+            s = self._path.s(t := self._path.time(sigma))
+            return to_denoiser(net(s * x, t), x, sigma, self.card.prediction, s)
         # the coefficients of recon3d.priors.networks.edm, in double precision
-        d = self._sigma_data
+        d = self.card.sigma_data or 1.0
         norm = 1 / math.hypot(sigma, d)
-        y = x * norm
-        if dh or dw:
-            mode = "reflect" if dh < h and dw < w else "replicate"
-            y = F.pad(y, (0, dw, 0, dh), mode=mode)
-        c_noise = torch.full((1,), math.log(sigma) / 4, dtype=torch.float32, device=x.device)
-        out: Tensor = self._net(y.contiguous(memory_format=torch.channels_last), c_noise)
-        return (d * norm) ** 2 * x + sigma * d * norm * out[..., :h, :w]
+        return (d * norm) ** 2 * x + sigma * d * norm * net(x * norm, math.log(sigma) / 4)
 
 
 def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:

@@ -17,9 +17,9 @@ from torch import Tensor
 from recon3d.io import BadInput
 from recon3d.priors.base import ModelCard
 from recon3d.priors.checkpoints.atomic import write_safetensors, write_text
-from recon3d.priors.networks import UNet, UNetConfig
+from recon3d.priors.networks import FAMILIES, Network
 
-__all__ = ["build_unet", "read_folder", "write_folder"]
+__all__ = ["build_network", "read_folder", "write_folder"]
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
 _MAX_CARD_BYTES = 1 << 20
@@ -57,20 +57,27 @@ def read_folder(folder: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
     return card, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
-def write_folder(folder: str | Path, card: ModelCard, state: dict[str, Tensor]) -> ModelCard:
-    """Write weights as float16 and the card with their digest, weights first; returns the card as written."""
+def write_folder(
+    folder: str | Path, card: ModelCard, state: dict[str, Tensor], dtype: torch.dtype = torch.float16
+) -> ModelCard:
+    """Write weights and the card with their digest, weights first; returns the card as written.
+
+    Raises:
+        ValueError: a weight is not finite, or beyond what dtype holds.
+    """
     folder = Path(folder)
-    half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    for name, value in half.items():
+    stored = {k: v.to(dtype) if v.is_floating_point() else v for k, v in state.items()}
+    for name, value in stored.items():
         if not bool(torch.isfinite(value.float()).all()):
-            raise ValueError(f"write_folder: {name} has values float16 cannot hold; train with a lower learning rate")
-    content = write_safetensors(folder / WEIGHTS, half)
+            kind = str(dtype).removeprefix("torch.")
+            raise ValueError(f"write_folder: {name} has values {kind} cannot hold; train with a lower learning rate")
+    content = write_safetensors(folder / WEIGHTS, stored)
     card = card.model_copy(update={"sha256": hashlib.sha256(content).hexdigest()})
     write_text(folder / CARD, json.dumps(card.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
     return card
 
 
-def build_unet(card: ModelCard, state: dict[str, Tensor], path: str | Path) -> UNet:
+def build_network(card: ModelCard, state: dict[str, Tensor], path: str | Path) -> Network:
     """The network a card describes, filled with weights.
 
     Raises:
@@ -79,15 +86,19 @@ def build_unet(card: ModelCard, state: dict[str, Tensor], path: str | Path) -> U
     path = Path(path)
     architecture = dict(card.architecture)
     family = architecture.pop("family", None)
-    if family != "unet":
-        raise BadInput(path / CARD, f"architecture.family is {family!r}", 'only "unet" is known')
+    if family not in FAMILIES:
+        raise BadInput(path / CARD, f"architecture.family is {family!r}", f"known are {', '.join(FAMILIES)}")
+    configuration, network = FAMILIES[family]
     try:
-        config = UNetConfig.model_validate(architecture)
+        config = configuration.model_validate(architecture)
         with torch.device("meta"):
-            net = UNet(config)
+            net = network(config)
     except (ValueError, RuntimeError) as error:  # torch overflows on absurd widths
         first = str(error).splitlines()[0]
-        raise BadInput(path / CARD, f"architecture does not describe a U-Net ({first})", "see UNetConfig") from None
+        hint = f"see {configuration.__name__}"
+        raise BadInput(
+            path / CARD, f"architecture does not describe a network of family {family} ({first})", hint
+        ) from None
     wanted = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     hint = "the card and the weights belong to different networks"
     for name, shape in wanted.items():
@@ -102,7 +113,7 @@ def build_unet(card: ModelCard, state: dict[str, Tensor], path: str | Path) -> U
     extra = sorted(set(state) - set(wanted))
     if extra:
         raise BadInput(path / WEIGHTS, f"tensor {extra[0]} belongs to no layer of the card's architecture", hint)
-    filled = UNet(config)
+    filled = network(config)
     filled.load_state_dict(state)
     return filled
 

@@ -1,8 +1,36 @@
-"""Network architectures a prior can be made of, and the preconditioning that turns one into a denoiser."""
+"""Network architectures a prior can be made of, one file per family, and what turns one into a denoiser."""
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from recon3d.priors.networks.adm import ADM, ADMConfig
 from recon3d.priors.networks.edm import EDMDenoiser
 from recon3d.priors.networks.unet import UNet, UNetConfig
 
-__all__ = ["EDMDenoiser", "UNet", "UNetConfig"]
+__all__ = ["ADM", "FAMILIES", "ADMConfig", "EDMDenoiser", "Network", "UNet", "UNetConfig"]
+
+
+class Network(Protocol):
+    """F(x, t): [b, c, row, col] and one number per image, or [1] for all -> [b, c_out, row, col]."""
+
+    config: Any  # has `multiple`, which image sides must be multiples of
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
+
+    def for_inference(self, compute_dtype: torch.dtype) -> Any:
+        """Freeze the network, its heavy convolutions in `compute_dtype`."""
+        ...
+
+    def to(self, device: torch.device) -> Any: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
+
+
+# architecture.family of a card -> its configuration and its network
+FAMILIES: dict[str, tuple[Any, Any]] = {"unet": (UNetConfig, UNet), "adm": (ADMConfig, ADM)}
