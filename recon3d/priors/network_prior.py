@@ -50,7 +50,7 @@ class NetworkPrior:
         self.device = torch.device(device)
         self.dtype = compute_dtype(self.device, precision)
         self.differentiable = differentiable
-        self._path = None if card.prediction == "edm" else noise_path(card.path, card.schedule)
+        self._path = None if card.prediction == "edm" else (card.prediction, noise_path(card.path, card.schedule))
         self._net = net.to(self.device).for_inference(self.dtype)
 
     def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
@@ -102,8 +102,9 @@ class NetworkPrior:
             return out[:, : x.shape[1], :h, :w]
 
         if self._path is not None:
-            s = self._path.s(t := self._path.time(sigma))
-            return to_denoiser(net(s * x, t), x, sigma, self.card.prediction, s)
+            kind, path = self._path
+            s = path.s(t := path.time(sigma))
+            return to_denoiser(net(s * x, t), x, sigma, kind, s)
         # the coefficients of recon3d.priors.networks.edm, in double precision
         d = self.card.sigma_data or 1.0
         norm = 1 / math.hypot(sigma, d)
