@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from recon3d.io.atomic import atomic_write
+from recon3d.io.dicom import DICOMImage, read_dicom
 from recon3d.io.guard import BadInput, Limits
+from recon3d.io.image import read_image, write_activity
 from recon3d.io.interfile import read_interfile_geometry, write_interfile, write_interfile_image
 from recon3d.io.kspace import KSpace, KSpaceOptions
 from recon3d.io.kspace_layout import write_kspace_hdf5
@@ -19,6 +21,7 @@ from recon3d.io.units import MU_WATER_PER_MM, hu_to_mu, mu_to_hu
 __all__ = [
     "MU_WATER_PER_MM",
     "BadInput",
+    "DICOMImage",
     "KSpace",
     "KSpaceOptions",
     "Limits",
@@ -34,6 +37,8 @@ __all__ = [
     "describe",
     "hu_to_mu",
     "mu_to_hu",
+    "read_dicom",
+    "read_image",
     "read_interfile_geometry",
     "read_kspace",
     "read_measurement",
@@ -42,6 +47,7 @@ __all__ = [
     "read_nifti_header",
     "read_pet",
     "read_projections",
+    "write_activity",
     "write_interfile",
     "write_interfile_image",
     "write_kspace_hdf5",

@@ -8,6 +8,7 @@ from typing import Any
 
 from recon3d.io.cfl import cfl_pair, describe_cfl, read_cfl
 from recon3d.io.dataexchange import read_data_exchange
+from recon3d.io.dicom import describe_dicom, is_dicom
 from recon3d.io.fastmri import check_shape, grid_of, read_fastmri, readout_size
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_file
 from recon3d.io.hdf5 import HDF5_SIGNATURE, HDF5Reader, Tree
@@ -146,6 +147,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {"path": os.fspath(path), **describe_cfl(path)}
     if kind == "pet folder":
         return {"path": os.fspath(path), **describe_pet_folder(path)}
+    if kind == "dicom":
+        return {"path": os.fspath(path), **describe_dicom(path)}
     out: dict[str, Any] = {"path": os.fspath(path), "bytes": check_file(path)}
     if kind == "twix":
         return out | describe_twix(path)
@@ -243,7 +246,7 @@ def _read(path: str | os.PathLike[str], options: dict[str, Any], limits: Limits)
         return read_twix(path, KSpaceOptions.of(options), limits)
     if kind == "npz":
         return read_sinogram_npz(path, ReadOptions.of(options), limits)
-    if kind == "nifti":
+    if kind in ("nifti", "dicom"):
         raise BadInput(path, "is an image volume, not a measurement", "simulate a measurement of it first")
     with HDF5Reader() as reader:
         tree = reader.tree(path)
@@ -274,6 +277,8 @@ def _kind(path: str | os.PathLike[str]) -> str:
         return "cfl"
     if is_pet_folder(path):
         return "pet folder"
+    if Path(path).is_dir() and is_dicom(path):
+        return "dicom"
     check_file(path)
     with Path(path).open("rb") as file:
         head = file.read(8)
@@ -286,6 +291,8 @@ def _kind(path: str | os.PathLike[str]) -> str:
         return "nifti"
     if is_interfile(path):
         return "interfile"
+    if is_dicom(path):
+        return "dicom"
     if is_twix(path):
         return "twix"
     raise BadInput(path, "is of no known format", _READ)
