@@ -627,3 +627,63 @@ def test_mr_on_the_held_out_brain(mr):
         d = complex_prior(mr, 1.0).denoise(x + sigma * z, sigma)
         mse = float(torch.view_as_real(d - x).double().square().mean())
         assert 10 * math.log10(1 / mse) > decibel
+
+
+# ---------------------------------------------------------------- the packaged PET prior
+
+
+@pytest.fixture(scope="module")
+def pet() -> NetworkPrior:
+    if "pet" not in packaged_priors():
+        pytest.skip("no packaged PET prior in this checkout")
+    return load_prior("pet")
+
+
+def test_pet_card(pet):
+    card = pet.card
+    assert card.channels == 1 and card.plane == "axial" and card.unit == "Bq/mL"
+    assert (card.offset, card.scale, pet.offset, pet.scale) == (0.0, 1.0, 0.0, 1.0)
+    assert "not for diagnosis" in card.statement and card.licence
+    for said in ("CC BY 3.0", "PDDL", "Soft-tissue-Sarcoma", "QIN-HEADNECK", "Lesjak"):
+        assert any(said in a for a in card.attribution), said
+    assert card.validation["volume"] == "pet_extremity_sts036"
+    for left_out in ("sts036", "oms20"):
+        assert card.training_data and not any(left_out in name for name in card.training_data)
+    assert [n for n in card.training_data if "qinhn0024" in n] == ["pet_wb_qinhn0024_lower"]
+    assert card.training["one network unit"] == "mean of the voxels above 0.01 of the maximum of a volume"
+    import recon3d.priors
+
+    weights = Path(recon3d.priors.__file__).parent / "packaged" / "pet" / "model.safetensors"
+    assert weights.stat().st_size <= 16 << 20
+
+
+@pytest.mark.parametrize(("sigma", "factor"), [(0.05, 2.0), (0.2, 4.0), (1.0, 6.0)])
+def test_pet_denoises_and_keeps_the_spots(pet, sigma, factor):
+    """A drawn body it never saw: little error, and hot and cold spheres keep what they hold."""
+    from recon3d.geometry import VolumeGrid
+    from recon3d.testing.pet_phantoms import Sphere, body_phantom
+
+    spheres = [Sphere((0.0, -30.0, 50.0), 14.0, 5.0), Sphere((0.0, 30.0, -50.0), 18.0, 0.0)]
+    p = body_phantom(VolumeGrid((1, 72, 88), (4.0, 4.0, 4.0)), background=1.0, spheres=spheres, lung=False)
+    x = p.activity[None]
+    z = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+    d = pet.denoise(x + sigma * z, sigma)
+    assert float((d - x).square().mean().sqrt()) < sigma / factor
+    hot, cold = (float((d - x)[0][p.regions[name]].mean()) for name in ("hot 0", "cold 1"))
+    assert abs(hot) < 0.1 * 5 + 0.1 * sigma and abs(cold) < 0.05 + 0.1 * sigma
+
+
+def test_pet_on_the_held_out_limb(pet):
+    root = Path(os.environ.get("RECON3D_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    path = root / "pet" / "pet_extremity_sts036.nii.gz"
+    if not path.exists():
+        pytest.skip(f"needs {path}")
+    import nibabel
+
+    volume = np.asarray(nibabel.load(path).dataobj, dtype=np.float32)
+    volume /= volume[volume > 0.01 * volume.max()].mean()
+    x = torch.from_numpy(volume.transpose(2, 1, 0)[30:34, None].copy())
+    for sigma, decibel in ((0.1, 22.0), (0.3, 16.0), (1.0, 9.5)):
+        d = pet.denoise(x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)), sigma)
+        mse = float((d - x).double().square().mean())
+        assert 10 * math.log10(1 / mse) > decibel
