@@ -211,10 +211,8 @@ def _rays(
         start, reach = o[:, axis] / spacing[axis] + half[axis], d[:, axis] / spacing[axis]
         first = (torch.minimum(start, start + reach) - _SLACK).ceil().clamp(0, shape[axis])
         last = (torch.maximum(start, start + reach) + _SLACK).floor().clamp(-1, shape[axis] - 1)
-        affine = []
-        for k in others:
-            slope = d[:, k] / spacing[k] / reach
-            affine += [o[:, k] / spacing[k] + half[k] - slope * start, slope]
+        slopes = [d[:, k] / spacing[k] / reach for k in others]
+        at_zero = [o[:, k] / spacing[k] + half[k] - s * start for k, s in zip(others, slopes, strict=True)]
         per_plane = total / reach
         yield (
             axis,
@@ -222,10 +220,13 @@ def _rays(
                 which,
                 first,
                 last,
-                *affine,
-                -start * per_plane - total / 2,
-                per_plane,
-                spacing[axis] * total / d[:, axis].abs(),
+                a=at_zero[0],
+                b=slopes[0],
+                c=at_zero[1],
+                e=slopes[1],
+                d0=-start * per_plane - total / 2,
+                dd=per_plane,
+                step=spacing[axis] * total / d[:, axis].abs(),
             ),
         )
 
