@@ -36,6 +36,9 @@ TofCurve<float> tof_curve<float>(double truncation);
 template <>
 TofCurve<double> tof_curve<double>(double truncation);
 
+// always inlined, so no call depends on how vectors are passed
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wpsabi"
 // F(u) - 1/2 of one number (V = T) or of a vector of them. Of its own in every source that includes it, so that each
 // compiles it for its own instruction set.
 template <class T, class V>
@@ -48,5 +51,6 @@ static inline __attribute__((always_inline)) V tof_half_cdf(const TofCurve<T>& f
   for (int i = f.terms - 2; i >= 0; --i) q = q * s + f.c[i];
   return u * q;
 }
+#pragma GCC diagnostic pop
 
 }  // namespace recon3d
