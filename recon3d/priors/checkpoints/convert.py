@@ -98,9 +98,8 @@ def inspect(path: str | Path, **options: Any) -> Found:
     try:
         config = FAMILIES[name].config(shapes, **options)
     except ValidationError as error:
-        raise BadInput(
-            path, f"its shapes make no {FAMILIES[name].title} network ({error.errors()[0]['msg']})"
-        ) from None
+        why = f"its shapes make no {FAMILIES[name].title} network ({error.errors()[0]['msg']})"
+        raise BadInput(path, why, "is it the right file?") from None
     except (ValueError, IndexError) as error:
         raise BadInput(path, str(error), "the names of a published checkpoint are expected") from None
     channels = config.in_channels
