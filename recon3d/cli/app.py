@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recon3d.cli import tools
+from recon3d.cli import tools, weights
 
 if TYPE_CHECKING:
     from recon3d.api import Result
@@ -112,6 +112,7 @@ def info(file: Annotated[Path | None, typer.Argument(help="Describe this file or
 
 
 tools.add_to(app)
+app.add_typer(weights.app)
 
 
 def _given(input_: Path | None, recipe: str | None, prior: str | None, device: str | None) -> dict[str, Any]:

@@ -1,0 +1,146 @@
+"""recon3d weights: what a published checkpoint is, the folder made of it, and whether it denoises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+app = typer.Typer(name="weights", help="Published checkpoints: inspect, convert, test.", no_args_is_help=True)
+
+File = Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth or .safetensors, nothing in it is executed.")]
+HeadChannels = Annotated[
+    int | None, typer.Option(help="Channels of a head of attention, 64 unless given; no shape tells.")
+]
+Heads = Annotated[int | None, typer.Option(help="Heads of attention, instead of --head-channels.")]
+NewOrder = Annotated[bool, typer.Option("--new-attention-order", help="q, k and v one after another.")]
+
+
+@app.command()
+def inspect(
+    checkpoint: File, head_channels: HeadChannels = None, heads: Heads = None, new_attention_order: NewOrder = False
+) -> None:
+    """Family, architecture and size of a checkpoint, from its tensors' names and shapes."""
+    from recon3d.priors.checkpoints.convert import FAMILIES
+    from recon3d.priors.checkpoints.convert import inspect as look
+
+    found = look(checkpoint, **_options(head_channels, heads, new_attention_order))
+    typer.echo(f"{checkpoint}: {FAMILIES[found.family].title}")
+    typer.echo(f"  {len(found.tensors)} tensors, {found.parameters / 1e6:.1f} million parameters")
+    variance = ", and a variance" if found.learned_variance else ""
+    typer.echo(f"  images of {found.channels} channel{'s' * (found.channels > 1)}{variance}")
+    for key, value in found.architecture.items():
+        typer.echo(f"  {key}: {value}")
+
+
+@app.command()
+def convert(
+    checkpoint: File,
+    folder: Annotated[Path, typer.Argument(help="Prior folder to write.")],
+    range_: Annotated[
+        tuple[float, float],
+        typer.Option("--range", help="What the network was shown for the two ends of --values, such as -1 1."),
+    ],
+    values: Annotated[tuple[float, float], typer.Option(help="Values in --unit of the same two ends.")],
+    unit: Annotated[str, typer.Option(help="Unit of the images: 1/mm for CT, Bq/mL for PET, a.u. for MR.")],
+    name: Annotated[str | None, typer.Option(help="Of the prior; the folder's unless given.")] = None,
+    plane: Annotated[str, typer.Option(help="axial, coronal, sagittal or any.")] = "any",
+    spacing_mm: Annotated[
+        tuple[float, float] | None, typer.Option(help="Smallest and largest pixel it was trained on.")
+    ] = None,
+    schedule: Annotated[str, typer.Option(help="linear or cosine.")] = "linear",
+    prediction: Annotated[str, typer.Option(help="eps, x0, v, score or flow.")] = "eps",
+    licence: Annotated[str, typer.Option(help="Of the weights.")] = "",
+    head_channels: HeadChannels = None,
+    heads: Heads = None,
+    new_attention_order: NewOrder = False,
+) -> None:
+    """Make a prior folder from a checkpoint; every tensor is checked before anything is written."""
+    from recon3d.config import ConfigError
+    from recon3d.priors.checkpoints.convert import convert as make
+    from recon3d.priors.paths import VP
+
+    low, high = range_
+    if low == high or values[0] == values[1]:
+        raise ConfigError("--range and --values: their two ends must differ")
+    if schedule not in ("linear", "cosine"):
+        raise ConfigError(f"--schedule: expected linear or cosine, got {schedule!r}")
+    scale = (values[1] - values[0]) / (high - low)
+    path = VP(schedule="cosine") if schedule == "cosine" else VP()
+    card: dict[str, Any] = {
+        "name": name or folder.name,
+        "plane": plane,
+        "spacing_mm": spacing_mm,
+        "offset": values[0] - scale * low,
+        "scale": scale,
+        "unit": unit,
+        "value_range": (min(values), max(values)),
+        "prediction": prediction,
+        "schedule": {} if schedule == "linear" else {"schedule": schedule},
+        "sigma_range": (path.sigma(0) * 1.0001, path.sigma(path.steps - 1) * 0.9999),
+        "licence": licence,
+    }
+    made = make(checkpoint, folder, card, **_options(head_channels, heads, new_attention_order))
+    typer.echo(f"{folder}: prior {made.name!r}, {(made.parameters or 0) / 1e6:.1f} million parameters")
+
+
+@app.command()
+def test(
+    prior: Annotated[str, typer.Argument(help="Packaged prior or a folder.")],
+    volume: Annotated[
+        Path, typer.Argument(help="NIfTI volume of what it was trained on: HU for CT, else in the prior's unit.")
+    ],
+    slices: Annotated[int, typer.Option(help="Slices to look at, evenly spread.", min=1)] = 4,
+    mu_water_per_mm: Annotated[float, typer.Option(help="CT: attenuation of water.")] = 0.0193,
+) -> None:
+    """Denoise known noise and compare with what a filter leaves; a wrong schedule, range or prediction is named."""
+    from recon3d.priors import find_prior
+    from recon3d.priors.checkpoints import build_network, read_folder
+    from recon3d.priors.network_prior import NetworkPrior
+    from recon3d.priors.self_test import self_test
+
+    folder = find_prior(prior)
+    card, state = read_folder(folder)
+    if card.channels != 1:
+        from recon3d.config import ConfigError
+
+        raise ConfigError(f"weights test: prior {card.name!r} has {card.channels} channels; it takes priors of one")
+    images = _slices(volume, slices, card.unit, mu_water_per_mm)
+    found = self_test(
+        NetworkPrior(build_network(card, state, folder), card),
+        images,
+        remake=lambda other: NetworkPrior(build_network(other, state, folder), other),
+    )
+    typer.echo(f"{'noise':>10} {'left':>10} {'a filter leaves':>16}   ({card.unit})")
+    for level in found.levels:
+        typer.echo(f"{level.sigma:10.4g} {level.error:10.4g} {level.expected:16.4g}")
+    typer.echo(f"{card.name}: {found.verdict}")
+    if not found.sound:
+        raise typer.Exit(5)
+
+
+def _slices(volume: Path, count: int, unit: str, mu_water_per_mm: float) -> Tensor:
+    import torch
+
+    from recon3d.io import read_nifti
+
+    x, _ = read_nifti(volume, "hu" if unit == "1/mm" else "au", mu_water_per_mm)
+    index = torch.linspace(0, len(x) - 1, min(count, len(x)) + 2).round().long()[1:-1].unique()
+    return x[index][:, None].float().contiguous()
+
+
+def _options(head_channels: int | None, heads: int | None, new_order: bool) -> dict[str, Any]:
+    from recon3d.config import ConfigError
+
+    if head_channels is not None and heads is not None:
+        raise ConfigError("--heads and --head-channels: give one of them")
+    options: dict[str, Any] = {"legacy_attention": not new_order}
+    if heads is not None:
+        options.update(heads=heads, head_channels=None)
+    elif head_channels is not None:
+        options["head_channels"] = head_channels
+    return options

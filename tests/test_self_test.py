@@ -1,0 +1,117 @@
+"""The self-test of priors names the mistake in a card, and the weights verbs run end to end."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_weights import CONFIGS, random_state
+
+from recon3d import cli
+from recon3d.priors import ModelCard
+from recon3d.priors.network_prior import NetworkPrior
+from recon3d.priors.paths import VP
+from recon3d.priors.self_test import self_test
+
+
+class ExactNetwork:
+    """What a perfectly trained eps network gives for white Gaussian images of mean 0.4 and spread 0.15."""
+
+    mean, spread = 0.4, 0.15
+
+    class config:
+        multiple = 1
+
+    def __init__(self, schedule="linear", ranged=False):
+        self.path, self.ranged = VP(schedule=schedule), ranged
+
+    def to(self, device):
+        return self
+
+    def for_inference(self, dtype):
+        return self
+
+    def __call__(self, x, t):
+        # `ranged`: trained on 2 x - 1
+        mean, spread = (2 * self.mean - 1, 2 * self.spread) if self.ranged else (self.mean, self.spread)
+        sigma, s = self.path.sigma(float(t)), self.path.s(float(t))
+        u = x / s
+        return sigma / (spread**2 + sigma**2) * (u - mean)
+
+
+def slices():
+    g = torch.Generator().manual_seed(2)
+    return 100 * (ExactNetwork.mean + ExactNetwork.spread * torch.randn(3, 1, 48, 48, generator=g))
+
+
+def verdict(net, **card):
+    whole = {"name": "p", "scale": 100.0, "path": "vp", "prediction": "eps", "sigma_range": (0.02, 100.0)} | card
+    made = ModelCard.model_validate(whole)
+    return self_test(NetworkPrior(net, made), slices(), remake=lambda other: NetworkPrior(net, other))
+
+
+def test_a_true_card_is_sound():
+    found = verdict(ExactNetwork())
+    assert found.sound
+    assert all(0.9 < level.error / level.expected < 1.1 for level in found.levels)
+
+
+@pytest.mark.parametrize(
+    ("net", "card", "says"),
+    [
+        (ExactNetwork(ranged=True), {}, "a range of -1 to 1 where the card says 0 to 1 repairs it"),
+        (
+            ExactNetwork(),
+            {"offset": 50.0, "scale": 50.0},
+            "a range of 0 to 1 where the card says -1 to 1 repairs it",
+        ),
+        (ExactNetwork(), {"prediction": "v"}, "prediction 'eps' where the card says 'v' repairs it"),
+        (ExactNetwork("cosine"), {}, "a cosine schedule where the card says linear repairs it"),
+    ],
+)
+def test_a_wrong_card_is_named(net, card, says):
+    found = verdict(net, **card)
+    assert not found.sound
+    assert says in found.verdict
+
+
+def test_a_network_of_noise_is_not_repaired():
+    class Noise(ExactNetwork):
+        def __call__(self, x, t):
+            return torch.randn(x.shape, generator=torch.Generator().manual_seed(int(1e3 * float(t))))
+
+    assert "no other schedule, range or kind" in verdict(Noise()).verdict
+
+
+def test_constant_slices_are_refused():
+    with pytest.raises(ValueError, match="constant"):
+        self_test(
+            NetworkPrior(ExactNetwork(), ModelCard(name="p", path="vp", prediction="eps")), torch.ones(1, 1, 8, 8)
+        )
+
+
+def test_the_verbs_inspect_and_convert(tmp_path, capsys):
+    torch.save(random_state(CONFIGS["published shape"]), tmp_path / "model.pt")
+    checkpoint, folder = str(tmp_path / "model.pt"), str(tmp_path / "prior")
+    assert cli.run(["weights", "inspect", checkpoint, "--head-channels", "32"]) == 0
+    told = capsys.readouterr().out
+    assert "guided diffusion" in told
+    assert "channels: [32, 64, 64]" in told
+    assert "and a variance" in told
+    how = ["--range", "-1", "1", "--values", "0", "0.04", "--unit", "1/mm", "--head-channels", "32"]
+    assert cli.run(["weights", "convert", checkpoint, folder, *how]) == 0
+    card = ModelCard.model_validate_json((tmp_path / "prior" / "card.json").read_text())
+    assert (card.offset, card.scale, card.channels) == (0.02, 0.02, 1)
+    assert math.isclose(card.sigma_range[1], VP().sigma(999), rel_tol=1e-3)
+    assert cli.run(["weights", "convert", checkpoint, folder, *how]) == 3
+    assert "holds a prior already" in capsys.readouterr().err
+    assert cli.run(["weights", "convert", checkpoint, folder, "--range", "1", "1", *how[3:]]) == 2
+
+
+def test_the_packaged_ct_prior_is_sound(tmp_path, capsys):
+    from importlib import resources
+
+    chest = resources.files("recon3d") / "data" / "ct_chest_pyrad_lung1.nii.gz"
+    assert cli.run(["weights", "test", "ct", str(chest), "--slices", "1"]) == 0
+    assert "ct: sound" in capsys.readouterr().out
