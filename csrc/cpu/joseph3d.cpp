@@ -42,10 +42,6 @@ void take_turns(const RunRanges& run, int64_t items, const F& body) {
 }
 
 // ---- lines that pass near each other, next to each other ------------------------------------------------------------
-//
-// Neighbours in the order meet the same cache lines, and the vector kernels want the lanes of a register within a few
-// voxels. The key of a line: main axis; where it crosses two planes, by cells of 16 voxels of the inner axis; then by
-// ever smaller cells of the row axis.
 
 constexpr int kNone = 3;                          // key of lines that meet no plane
 constexpr int64_t kMostLines = int64_t{1} << 24;  // sorted at a time
@@ -57,38 +53,28 @@ uint32_t spread_bits(uint32_t v) {  // bit i to bit 2 i, 16 bits
   return (v | (v << 1)) & 0x55555555u;
 }
 
-struct KeyPlan {
-  double near, far;  // two planes, by main axis
-  double row_scale, inner_scale;
-  int row_bits, inner_bits;  // of each of the two crossings
-};
 int bits_for(double cells, int most) {
   int bits = 0;
   while (bits < most && (int64_t{1} << bits) < cells) ++bits;
   return bits;
 }
 KeyPlan key_plan(const RayGrid& g, int axis) {
-  KeyPlan k;
+  KeyPlan k{};
   const double planes = static_cast<double>(g.n[axis]), rows = static_cast<double>(g.n[kRowAxis[axis]]) + 2,
                inner = static_cast<double>(g.n[kInnerAxis[axis]]) + 2;
   k.near = 0.15 * planes;
   k.far = 0.85 * planes;
   k.row_bits = bits_for(2 * rows, 9);
   k.inner_bits = bits_for(inner / 16, 6);
-  k.row_scale = static_cast<double>(int64_t{1} << k.row_bits) / rows;
-  k.inner_scale = static_cast<double>(int64_t{1} << k.inner_bits) / inner;
+  k.most_row = static_cast<double>((1 << k.row_bits) - 1);
+  k.most_inner = static_cast<double>((1 << k.inner_bits) - 1);
+  k.row_scale = (k.most_row + 1) / rows;
+  k.inner_scale = (k.most_inner + 1) / inner;
   return k;
 }
-uint32_t cell(double at, double scale, int bits) {
-  const double most = static_cast<double>((int64_t{1} << bits) - 1), c = (at + 1) * scale;
+uint32_t cell(double at, double scale, double most) {
+  const double c = (at + 1) * scale;
   return static_cast<uint32_t>(c > 0 ? (c < most ? c : most) : 0);
-}
-uint32_t key_of(const Ray& r, const KeyPlan& k) {
-  const uint32_t inner = (cell(r.c + r.e * k.near, k.inner_scale, k.inner_bits) << k.inner_bits) |
-                         cell(r.c + r.e * k.far, k.inner_scale, k.inner_bits);
-  const uint32_t rows = spread_bits(cell(r.a + r.b * k.near, k.row_scale, k.row_bits)) |
-                        (spread_bits(cell(r.a + r.b * k.far, k.row_scale, k.row_bits)) << 1);
-  return (inner << (2 * k.row_bits)) | rows;
 }
 
 struct Order {
@@ -137,27 +123,33 @@ void make_order(const Lines& lines, int64_t base, int64_t n, const RunRanges& ru
     bits = std::max(bits, 2 * (plans[axis].row_bits + plans[axis].inner_bits));
   }
   // cells much smaller than the distance of the lines order nothing
-  const int keep = std::min(bits, bits_for(static_cast<double>(n), 30)), drop = bits - keep;
+  const int keep = std::min(bits, bits_for(static_cast<double>(n), 30));
+  for (int axis = 0; axis < 3; ++axis) {
+    KeyPlan& k = plans[axis];
+    k.up = bits - 2 * (k.row_bits + k.inner_bits);
+    k.down = bits - keep;
+    k.axis_bits = axis << keep;
+    k.none = kNone << keep;
+  }
+  const auto keys = kernel_set().keys;
   const NufftScratch first(static_cast<size_t>(n) * 8), second(static_cast<size_t>(n) * 8);
   uint64_t *from = first.as<uint64_t>(), *to = second.as<uint64_t>();
-  run_ranges(run, (n + 4095) / 4096, [&](int64_t b, int64_t e) {
-    for (int64_t i = b * 4096; i < std::min(n, e * 4096); ++i) {
-      const int32_t* pair = lines.pairs + 2 * (base + i);
-      const Ray r = make_ray(lines.points + 3 * static_cast<int64_t>(pair[0]),
-                             lines.points + 3 * static_cast<int64_t>(pair[1]), lines.grid);
-      const KeyPlan& k = plans[r.axis];
-      const int own = 2 * (k.row_bits + k.inner_bits);
-      const uint64_t key = r.first > r.last ? static_cast<uint64_t>(kNone) << keep
-                                            : (static_cast<uint64_t>(r.axis) << keep) |
-                                                  ((static_cast<uint64_t>(key_of(r, k)) << (bits - own)) >> drop);
-      from[i] = (key << 32) | static_cast<uint64_t>(i);
+  constexpr int64_t kPiece = 4096;
+  const int64_t pieces = (n + kPiece - 1) / kPiece;
+  run_ranges(run, pieces, [&](int64_t b, int64_t e) {
+    uint32_t some[kPiece];
+    for (int64_t i = b * kPiece; i < std::min(n, e * kPiece); i += kPiece) {
+      const int64_t count = std::min(kPiece, n - i);
+      keys(lines, plans, base + i, base + i + count, some);
+      for (int64_t k = 0; k < count; ++k)
+        from[i + k] = (static_cast<uint64_t>(some[k]) << 32) | static_cast<uint64_t>(i + k);
     }
   });
   radix_sort(from, to, n, keep + 2, run);
   out.base = base;
   out.line.resize(static_cast<size_t>(n));
-  run_ranges(run, (n + 4095) / 4096, [&](int64_t b, int64_t e) {
-    for (int64_t i = b * 4096; i < std::min(n, e * 4096); ++i) out.line[i] = static_cast<uint32_t>(from[i]);
+  run_ranges(run, pieces, [&](int64_t b, int64_t e) {
+    for (int64_t i = b * kPiece; i < std::min(n, e * kPiece); ++i) out.line[i] = static_cast<uint32_t>(from[i]);
   });
   for (int axis = 0; axis <= 4; ++axis)
     out.begin[axis] = std::lower_bound(from, from + n, static_cast<uint64_t>(axis) << (32 + keep)) - from;
@@ -376,6 +368,23 @@ void adjoint(const T* y, T* x, int64_t volumes, const Lines& lines, const RunRan
   }
 }
 }  // namespace
+
+void line_keys(const Lines& lines, const KeyPlan* plans, int64_t begin, int64_t end, uint32_t* keys) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int32_t* pair = lines.pairs + 2 * i;
+    const Ray r = make_ray(lines.points + 3 * static_cast<int64_t>(pair[0]),
+                           lines.points + 3 * static_cast<int64_t>(pair[1]), lines.grid);
+    const KeyPlan& k = plans[r.axis];
+    const uint32_t inner = (cell(r.c + r.e * k.near, k.inner_scale, k.most_inner) << k.inner_bits) |
+                           cell(r.c + r.e * k.far, k.inner_scale, k.most_inner);
+    const uint32_t rows = spread_bits(cell(r.a + r.b * k.near, k.row_scale, k.most_row)) |
+                          (spread_bits(cell(r.a + r.b * k.far, k.row_scale, k.most_row)) << 1);
+    const uint64_t key = (static_cast<uint64_t>(inner) << (2 * k.row_bits)) | rows;
+    keys[i - begin] = r.first > r.last
+                          ? static_cast<uint32_t>(k.none)
+                          : static_cast<uint32_t>(((key << k.up) >> k.down) | static_cast<uint64_t>(k.axis_bits));
+  }
+}
 
 void joseph3d_cpu(const float* x, float* y, int64_t volumes, const Lines& lines, const RunRanges& run) {
   forward(x, y, volumes, lines, run);

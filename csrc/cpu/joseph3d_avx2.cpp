@@ -15,8 +15,8 @@
 namespace recon3d {
 namespace {
 #include "cpu/joseph3d_planes.h"
-constexpr LineKernelSet kKernels{{planes_forward<float>, planes_adjoint<float>},
-                                 {planes_forward<double>, planes_adjoint<double>}};
+constexpr LineKernelSet kKernels{
+    {planes_forward<float>, planes_adjoint<float>}, {planes_forward<double>, planes_adjoint<double>}, line_keys};
 }  // namespace
 extern const LineKernelSet* const kLinesAvx2 = &kKernels;
 }  // namespace recon3d

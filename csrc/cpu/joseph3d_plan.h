@@ -33,6 +33,17 @@ struct LineJob {
   int64_t base;
 };
 
+// Neighbours in the order meet the same cache lines, and the vector kernels want the lanes of a register within a few
+// voxels. The key of a line: main axis; where it crosses two planes, by cells of 16 voxels of the inner axis; then by
+// ever smaller cells of the row axis.
+struct KeyPlan {     // of one main axis
+  double near, far;  // the two planes
+  double row_scale, inner_scale, most_row, most_inner;
+  int row_bits, inner_bits;  // of each of the two crossings
+  int up, down;              // shifts that bring the keys of all axes to one length
+  int axis_bits, none;       // added to the key, and the key of a line that meets no plane
+};
+
 template <class T>
 struct LineKernels {
   // Values of the lines at places [begin, end) of the order, which share a main axis.
@@ -43,7 +54,10 @@ struct LineKernels {
 struct LineKernelSet {
   LineKernels<float> singles;
   LineKernels<double> doubles;
+  // Keys of lines [begin, end).
+  void (*keys)(const Lines& lines, const KeyPlan* plans, int64_t begin, int64_t end, uint32_t* keys);
 };
+void line_keys(const Lines& lines, const KeyPlan* plans, int64_t begin, int64_t end, uint32_t* keys);
 extern const LineKernelSet kLinesPortable;
 extern const LineKernelSet* const kLinesAvx2;  // null where the compiler cannot make it
 extern const LineKernelSet* const kLinesAvx512;

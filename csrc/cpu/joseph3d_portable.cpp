@@ -10,6 +10,6 @@ namespace recon3d {
 namespace {
 #include "cpu/joseph3d_planes.h"
 }  // namespace
-extern const LineKernelSet kLinesPortable{{planes_forward<float>, planes_adjoint<float>},
-                                          {planes_forward<double>, planes_adjoint<double>}};
+extern const LineKernelSet kLinesPortable{
+    {planes_forward<float>, planes_adjoint<float>}, {planes_forward<double>, planes_adjoint<double>}, line_keys};
 }  // namespace recon3d
