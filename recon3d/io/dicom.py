@@ -151,7 +151,8 @@ def _listing(folder: Path) -> list[Path]:
 
 def _series(path: str | os.PathLike[str]) -> tuple[list[_Slice], list[str]]:
     """The slices of one series, headers alone, in no order; with what was noticed."""
-    place, notes = Path(path), []
+    place = Path(path)
+    notes: list[str] = []
     if place.is_dir():
         files = [p for p in _listing(place) if _has_magic(p)]
         if not files:
@@ -301,7 +302,7 @@ def _stack(path: str | os.PathLike[str], slices: list[_Slice]) -> NDArray[np.flo
     else:
         thickness = first.head.get("SpacingBetweenSlices") or first.head.get("SliceThickness")
         with as_bad_input(first.path, "has no thickness of its only slice", (TypeError, ValueError)):
-            move = check_spacing(first.path, "the slice thickness", float(thickness)) * normal  # type: ignore[arg-type]
+            move = check_spacing(first.path, "the slice thickness", float(thickness)) * normal
     matrix = np.eye(4)
     matrix[:3, 0], matrix[:3, 1], matrix[:3, 2] = row * spacing[1], column * spacing[0], move
     matrix[:3, 3] = positions[0]

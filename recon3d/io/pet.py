@@ -256,6 +256,22 @@ def patient_grid(grid: VolumeGrid, position: str) -> VolumeGrid:
     return replace(grid, affine=tuple(tuple(float(v) for v in row) for row in matrix))
 
 
+def sinogram_for(geometry: PETGeometry, options: PETOptions) -> PETGeometry:
+    """The sinogram that options ask for; by default that of the list mode itself.
+
+    Raises:
+        ValueError: the scanner has no such bins.
+    """
+    span = options.span or 1
+    if geometry.n_views % options.mashing:
+        raise ValueError(f"mashing must divide {geometry.n_views} views, got {options.mashing}")
+    largest = options.max_ring_difference
+    if largest is None:
+        half = (span - 1) // 2
+        largest = (geometry.ring_difference - half) // span * span + half
+    return replace(geometry, n_views=geometry.n_views // options.mashing, span=span, max_ring_difference=largest)
+
+
 # ---- what numbers a file may hold ----------------------------------------------------------------------------------
 
 

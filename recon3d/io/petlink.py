@@ -22,7 +22,7 @@ from recon3d.geometry.pet import Events, PETGeometry
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_array, check_file
 from recon3d.io.interfile_bins import read_info, scanner_of, siemens_order, siemens_tof_order, tof_of
 from recon3d.io.interfile_header import InterfileHeader, read_interfile_header
-from recon3d.io.pet import PETData, PETInfo, PETOptions, patient_grid
+from recon3d.io.pet import PETData, PETInfo, PETOptions, patient_grid, sinogram_for
 
 __all__ = ["describe_petlink", "is_petlink", "read_petlink"]
 
@@ -105,7 +105,7 @@ def read_petlink(
     prompts, delayed = torch.zeros(0), None
     if options.histogram:
         with as_bad_input(path, "cannot be sorted so", (ValueError,), "choose span and max_ring_difference otherwise"):
-            geometry = _target(geometry, options)
+            geometry = sinogram_for(geometry, options)
         check_array(path, "its sinogram", (2, *geometry.shape), 4, 1 << 62, False, limits)
         prompts = torch.zeros(geometry.shape)
         delayed = torch.zeros(geometry.shape) if seen.delayed else None
@@ -285,21 +285,6 @@ def _why(found: _List, words: NDArray[np.uint32], address: NDArray[np.int64]) ->
             "header and data must belong together",
         )
     return "has time tags that go backwards", "it is damaged or pieced together; export it again"
-
-
-def _target(geometry: PETGeometry, options: PETOptions) -> PETGeometry:
-    """The sinogram that is asked for; by default that of the addresses."""
-    largest = options.max_ring_difference
-    span = options.span or 1
-    if largest is None and span != 1:
-        half = (span - 1) // 2
-        largest = (geometry.ring_difference - half) // span * span + half
-    return replace(
-        geometry,
-        n_views=geometry.n_views // options.mashing if geometry.n_views % options.mashing == 0 else 0,
-        span=span,
-        max_ring_difference=geometry.ring_difference if largest is None else largest,
-    )
 
 
 def _fill(

@@ -24,11 +24,13 @@ from recon3d.io.nifti import read_nifti_header
 from recon3d.io.pet import PETData, PETOptions
 from recon3d.io.pet_folder import describe_pet_folder, is_pet_folder, read_pet_folder
 from recon3d.io.petlink import describe_petlink, is_petlink, read_petlink
+from recon3d.io.petsird import describe_petsird, is_petsird, read_petsird
 from recon3d.io.twix import describe_twix, is_twix, read_twix
 
 _READ = (
     "Data Exchange, sinograms, fastMRI, ISMRMRD and recon3d's k-space in HDF5, sinograms in npz, "
-    "BART's cfl, Siemens twix, NIfTI, and for PET Interfile and PETLINK headers or a folder with prompts.hs are read"
+    "BART's cfl, Siemens twix, NIfTI, and for PET PETSIRD, headers of Interfile and PETLINK, or a folder with "
+    "prompts.hs are read"
 )
 
 
@@ -108,7 +110,7 @@ def read_kspace(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS
 
 
 def read_pet(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS, **options: Any) -> PETData:
-    """PET counts from Interfile sinograms of STIR or Siemens, Siemens list mode, or a folder with PETRIC's names.
+    """PET counts from Interfile sinograms, list mode of Siemens or PETSIRD, or a folder with PETRIC's names.
 
     Args:
         path: the header, or the folder.
@@ -152,6 +154,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     out: dict[str, Any] = {"path": os.fspath(path), "bytes": check_file(path)}
     if kind == "twix":
         return out | describe_twix(path)
+    if kind == "petsird":
+        return out | describe_petsird(path)
     if kind == "interfile":
         listed = is_petlink(read_interfile_header(path))
         return out | (describe_petlink(path) if listed else describe_interfile(path))
@@ -237,6 +241,8 @@ def _read(path: str | os.PathLike[str], options: dict[str, Any], limits: Limits)
     kind = _kind(path)
     if kind == "pet folder":
         return read_pet_folder(path, PETOptions.of(options), limits)
+    if kind == "petsird":
+        return read_petsird(path, PETOptions.of(options), limits)
     if kind == "interfile":
         listed = is_petlink(read_interfile_header(path))
         return (read_petlink if listed else read_interfile)(path, PETOptions.of(options), limits)
@@ -291,6 +297,8 @@ def _kind(path: str | os.PathLike[str]) -> str:
         return "nifti"
     if is_interfile(path):
         return "interfile"
+    if is_petsird(path):
+        return "petsird"
     if is_dicom(path):
         return "dicom"
     if is_twix(path):
