@@ -18,7 +18,7 @@ from recon3d.priors.self_test import self_test
 class ExactNetwork:
     """What a perfectly trained eps network gives for white Gaussian images of mean 0.4 and spread 0.15."""
 
-    mean, spread = 0.4, 0.15
+    mean, spread, clock = 0.4, 0.15, "time"
 
     class config:
         multiple = 1

@@ -14,8 +14,9 @@ from recon3d.io import BadInput
 from recon3d.priors import load_prior
 from recon3d.priors.checkpoints.convert import convert, inspect
 from recon3d.priors.checkpoints.torch_file import read_checkpoint
-from recon3d.priors.networks import ADM, ADMConfig
+from recon3d.priors.networks import ADM, ADMConfig, NCSNpp, NCSNppConfig
 from recon3d.priors.networks.adm import adm_config
+from recon3d.priors.networks.ncsnpp import ncsnpp_config
 from recon3d.priors.paths import VP
 
 CONFIGS = {
@@ -255,3 +256,166 @@ def test_safetensors_load_as_well(tmp_path):
     assert inspect(tmp_path / "model.safetensors", head_channels=32).parameters == sum(
         v.numel() for v in state.values()
     )
+
+
+# ---------------------------------------------------------------- NCSN++
+
+NCSNPP = {
+    "published shape": NCSNppConfig(width=16, channels=(16, 32, 32), blocks=2),
+    "attention": NCSNppConfig(
+        in_channels=2, width=16, channels=(16, 32), blocks=1, attention=(0, 1), pyramid=False, centered=True
+    ),
+}
+
+
+def fir(x, up, down, before, after):
+    """Zeros put in, 1 3 3 1 in both directions, samples kept: a sum written out, one output sample after another."""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype) / 8 * up
+
+    def along(x):
+        n = x.shape[-1]
+        wide = torch.zeros(*x.shape[:-1], before + n * up + after, dtype=x.dtype)
+        wide[..., before : before + n * up : up] = x
+        out = [(wide[..., i : i + 4] * taps.flip(0)).sum(-1) for i in range(0, wide.shape[-1] - 3, down)]
+        return torch.stack(out, -1)
+
+    return along(along(x).mT).mT
+
+
+class TextbookScore:
+    """NCSN++ once more, as a function of its state dict; shares no code with recon3d."""
+
+    def __init__(self, state, config):
+        self.p, self.c, self.i = {k: v.double() for k, v in state.items()}, config, 0
+
+    def norm(self, at, x):
+        groups, c = min(max(x.shape[1] // 4, 1), 32), x.shape[1]
+        g = x.reshape(x.shape[0], groups, -1)
+        g = (g - g.mean(-1, keepdim=True)) / torch.sqrt(g.var(-1, unbiased=False, keepdim=True) + 1e-6)
+        return g.reshape(x.shape) * self.p[at + ".weight"].view(1, c, 1, 1) + self.p[at + ".bias"].view(1, c, 1, 1)
+
+    def next(self):
+        self.i += 1
+        return f"all_modules.{self.i - 1}"
+
+    def conv(self, at, x, **how):
+        return F.conv2d(x, self.p[at + ".weight"], self.p[at + ".bias"], **how)
+
+    def res(self, x, emb, change=""):
+        at = self.next()
+        h = F.silu(self.norm(f"{at}.GroupNorm_0", x))
+        if change:
+            how = (2, 1, 2, 1) if change == "up" else (1, 2, 1, 1)
+            h, x = fir(h, *how), fir(x, *how)
+        e = F.silu(emb) @ self.p[f"{at}.Dense_0.weight"].T + self.p[f"{at}.Dense_0.bias"]
+        h = self.conv(f"{at}.Conv_0", h, padding=1) + e[..., None, None]
+        h = self.conv(f"{at}.Conv_1", F.silu(self.norm(f"{at}.GroupNorm_1", h)), padding=1)
+        return ((self.conv(f"{at}.Conv_2", x) if f"{at}.Conv_2.weight" in self.p else x) + h) / math.sqrt(2)
+
+    def attention(self, x):
+        at = self.next()
+        h = self.norm(f"{at}.GroupNorm_0", x)
+        q, k, v = (
+            torch.einsum("bchw,co->bohw", h, self.p[f"{at}.NIN_{j}.W"]) + self.p[f"{at}.NIN_{j}.b"].view(1, -1, 1, 1)
+            for j in range(3)
+        )
+        weight = torch.einsum("bchw,bcij->bhwij", q, k) / math.sqrt(x.shape[1])
+        weight = torch.softmax(weight.flatten(3), -1).view(weight.shape)
+        h = torch.einsum("bhwij,bcij->bchw", weight, v)
+        h = torch.einsum("bchw,co->bohw", h, self.p[f"{at}.NIN_3.W"]) + self.p[f"{at}.NIN_3.b"].view(1, -1, 1, 1)
+        return (x + h) / math.sqrt(2)
+
+    def __call__(self, x, sigma):
+        x, sigma, self.i, levels = x.double(), sigma.double(), 0, len(self.c.channels)
+        phase = 2 * math.pi * torch.log(sigma)[:, None] * self.p[f"{self.next()}.W"]
+        emb = torch.cat([phase.sin(), phase.cos()], 1)
+        for j in range(2):
+            at = self.next()
+            emb = (F.silu(emb) if j else emb) @ self.p[at + ".weight"].T + self.p[at + ".bias"]
+        x = x if self.c.centered else 2 * x - 1
+        h = self.conv(self.next(), x, padding=1)
+        kept = [h]
+        for level in range(levels):
+            for _ in range(self.c.blocks):
+                h = self.res(h, emb)
+                h = self.attention(h) if level in self.c.attention else h
+                kept.append(h)
+            if level < levels - 1:
+                h = self.res(h, emb, "down")
+                if self.c.pyramid:
+                    x = h = (self.conv(f"{self.next()}.Conv2d_0", fir(x, 1, 1, 2, 2), stride=2) + h) / math.sqrt(2)
+                kept.append(h)
+        h = self.res(self.attention(self.res(h, emb)), emb)
+        for level in reversed(range(levels)):
+            for _ in range(self.c.blocks + 1):
+                h = self.res(torch.cat([h, kept.pop()], 1), emb)
+            h = self.attention(h) if level in self.c.attention else h
+            h = self.res(h, emb, "up") if level else h
+        h = F.silu(self.norm(self.next(), h))
+        return self.conv(self.next(), h, padding=1) / sigma.view(-1, 1, 1, 1)
+
+
+def score_checkpoint(config):
+    """As score_sde saves it: a data-parallel model with its table of noise levels, and averages in a list."""
+    g = torch.Generator().manual_seed(7)
+    net = NCSNpp(config)
+    state = {
+        name: torch.randn(t.shape, generator=g) * (0.6 / math.sqrt(max(t[0].numel(), 4)))
+        for name, t in net.state_dict().items()
+    }
+    trained = [name for name, p in net.named_parameters() if p.requires_grad]
+    model = {f"module.{k}": t if k not in trained else t + 1 for k, t in state.items()} | {
+        "module.sigmas": torch.ones(5)
+    }
+    ema = {"decay": 0.999, "num_updates": 3, "shadow_params": [state[k] for k in trained]}
+    return {"optimizer": {"state": {}, "param_groups": []}, "model": model, "ema": ema, "step": 3}, state
+
+
+@pytest.mark.parametrize("name", NCSNPP)
+def test_a_score_sde_checkpoint_equals_an_independent_network(name, tmp_path):
+    config = NCSNPP[name]
+    checkpoint, state = score_checkpoint(config)
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    options = {"centered": True} if config.centered else {}
+    card = {"name": "published", "offset": 10.0, "scale": 5.0}
+    found = inspect(tmp_path / "checkpoint.pth", **options)
+    assert found.architecture == {"family": "ncsnpp", **config.model_dump(mode="json")}
+    convert(tmp_path / "checkpoint.pth", tmp_path / "prior", card, **options)
+    prior = load_prior(tmp_path / "prior", precision="float32")
+    u = 10 + 5 * torch.randn(2, config.in_channels, 8, 16, generator=torch.Generator().manual_seed(1))
+    for sigma in (0.3, 40.0):
+        x = (u.double() - 10) / 5
+        score = TextbookScore(state, config)(x, torch.full((2,), sigma))
+        want = 10 + 5 * (x + sigma**2 * score)
+        got = prior.denoise(u, 5 * sigma)
+        # the network's rounding, 1e-5 of sigma times its answer, and that of its input in float32
+        assert (got - want).abs().max() <= 4e-5 * 5 * max(float((sigma**2 * score).abs().max()), 1.0)
+
+
+def test_the_published_score_network_has_its_published_size():
+    """Layers, averaged tensors and parameters of the 256 pixel network of DiffusionMBIR."""
+    config = NCSNppConfig(width=128, channels=(128, 256, 256, 256), blocks=4)
+    with torch.device("meta"):
+        net = NCSNpp(config)
+    assert len(net.all_modules) == 54
+    assert sum(p.requires_grad for p in net.parameters()) == 520
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(61.43e6, rel=1e-3)
+    assert ncsnpp_config({k: tuple(v.shape) for k, v in net.state_dict().items()}) == config
+
+
+def test_averages_that_do_not_fit_are_named(tmp_path):
+    checkpoint, _ = score_checkpoint(NCSNPP["published shape"])
+    averages = checkpoint["ema"]["shadow_params"]
+    for change, says in (
+        (averages[:-1], "tensors, the model trains"),
+        ([averages[1], averages[0], *averages[2:]], "stands where all_modules.1.weight has"),
+        ("none", "is not a list of tensors"),
+    ):
+        checkpoint["ema"]["shadow_params"] = change
+        torch.save(checkpoint, tmp_path / "checkpoint.pth")
+        with pytest.raises(BadInput, match=says):
+            inspect(tmp_path / "checkpoint.pth")
+    with pytest.raises(ValueError, match="heads: NCSN"):
+        checkpoint["ema"]["shadow_params"] = averages
+        torch.save(checkpoint, tmp_path / "checkpoint.pth")
+        inspect(tmp_path / "checkpoint.pth", heads=2)

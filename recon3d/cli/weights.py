@@ -14,21 +14,26 @@ app = typer.Typer(name="weights", help="Published checkpoints: inspect, convert,
 
 File = Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth or .safetensors, nothing in it is executed.")]
 HeadChannels = Annotated[
-    int | None, typer.Option(help="Channels of a head of attention, 64 unless given; no shape tells.")
+    int | None, typer.Option(help="ADM: channels of a head of attention, 64 unless given; no shape tells.")
 ]
-Heads = Annotated[int | None, typer.Option(help="Heads of attention, instead of --head-channels.")]
-NewOrder = Annotated[bool, typer.Option("--new-attention-order", help="q, k and v one after another.")]
+Heads = Annotated[int | None, typer.Option(help="ADM: heads of attention, instead of --head-channels.")]
+NewOrder = Annotated[bool, typer.Option("--new-attention-order", help="ADM: q, k and v one after another.")]
+Centered = Annotated[bool, typer.Option("--centered", help="NCSN++: it does not map 0..1 to -1..1 by itself.")]
 
 
 @app.command()
 def inspect(
-    checkpoint: File, head_channels: HeadChannels = None, heads: Heads = None, new_attention_order: NewOrder = False
+    checkpoint: File,
+    head_channels: HeadChannels = None,
+    heads: Heads = None,
+    new_attention_order: NewOrder = False,
+    centered: Centered = False,
 ) -> None:
     """Family, architecture and size of a checkpoint, from its tensors' names and shapes."""
     from recon3d.priors.checkpoints.convert import FAMILIES
     from recon3d.priors.checkpoints.convert import inspect as look
 
-    found = look(checkpoint, **_options(head_channels, heads, new_attention_order))
+    found = look(checkpoint, **_options(head_channels, heads, new_attention_order, centered))
     typer.echo(f"{checkpoint}: {FAMILIES[found.family].title}")
     typer.echo(f"  {len(found.tensors)} tensors, {found.parameters / 1e6:.1f} million parameters")
     variance = ", and a variance" if found.learned_variance else ""
@@ -52,12 +57,14 @@ def convert(
     spacing_mm: Annotated[
         tuple[float, float] | None, typer.Option(help="Smallest and largest pixel it was trained on.")
     ] = None,
-    schedule: Annotated[str, typer.Option(help="linear or cosine.")] = "linear",
-    prediction: Annotated[str, typer.Option(help="eps, x0, v, score or flow.")] = "eps",
+    schedule: Annotated[str | None, typer.Option(help="ADM: linear or cosine; linear unless given.")] = None,
+    sigma_max: Annotated[float | None, typer.Option(help="NCSN++: highest noise level, 378 unless given.")] = None,
+    prediction: Annotated[str | None, typer.Option(help="eps, x0, v or score; the family's unless given.")] = None,
     licence: Annotated[str, typer.Option(help="Of the weights.")] = "",
     head_channels: HeadChannels = None,
     heads: Heads = None,
     new_attention_order: NewOrder = False,
+    centered: Centered = False,
 ) -> None:
     """Make a prior folder from a checkpoint; every tensor is checked before anything is written."""
     from recon3d.config import ConfigError
@@ -67,10 +74,11 @@ def convert(
     low, high = range_
     if low == high or values[0] == values[1]:
         raise ConfigError("--range and --values: their two ends must differ")
-    if schedule not in ("linear", "cosine"):
+    if schedule not in (None, "linear", "cosine"):
         raise ConfigError(f"--schedule: expected linear or cosine, got {schedule!r}")
+    if sigma_max is not None and schedule is not None:
+        raise ConfigError("--sigma-max and --schedule: one is of NCSN++, the other of ADM")
     scale = (values[1] - values[0]) / (high - low)
-    path = VP(schedule="cosine") if schedule == "cosine" else VP()
     card: dict[str, Any] = {
         "name": name or folder.name,
         "plane": plane,
@@ -79,12 +87,17 @@ def convert(
         "scale": scale,
         "unit": unit,
         "value_range": (min(values), max(values)),
-        "prediction": prediction,
-        "schedule": {} if schedule == "linear" else {"schedule": schedule},
-        "sigma_range": (path.sigma(0) * 1.0001, path.sigma(path.steps - 1) * 0.9999),
         "licence": licence,
     }
-    made = make(checkpoint, folder, card, **_options(head_channels, heads, new_attention_order))
+    if prediction is not None:
+        card["prediction"] = prediction
+    if schedule == "cosine":
+        path = VP(schedule="cosine")
+        card["schedule"] = {"schedule": "cosine"}
+        card["sigma_range"] = (path.sigma(0) * 1.0001, path.sigma(path.steps - 1) * 0.9999)
+    if sigma_max is not None:
+        card["schedule"], card["sigma_range"] = {"sigma_max": sigma_max}, (0.01, sigma_max)
+    made = make(checkpoint, folder, card, **_options(head_channels, heads, new_attention_order, centered))
     typer.echo(f"{folder}: prior {made.name!r}, {(made.parameters or 0) / 1e6:.1f} million parameters")
 
 
@@ -133,12 +146,16 @@ def _slices(volume: Path, count: int, unit: str, mu_water_per_mm: float) -> Tens
     return x[index][:, None].float().contiguous()
 
 
-def _options(head_channels: int | None, heads: int | None, new_order: bool) -> dict[str, Any]:
+def _options(head_channels: int | None, heads: int | None, new_order: bool, centered: bool) -> dict[str, Any]:
     from recon3d.config import ConfigError
 
     if head_channels is not None and heads is not None:
         raise ConfigError("--heads and --head-channels: give one of them")
-    options: dict[str, Any] = {"legacy_attention": not new_order}
+    options: dict[str, Any] = {}
+    if new_order:
+        options["legacy_attention"] = False
+    if centered:
+        options["centered"] = True
     if heads is not None:
         options.update(heads=heads, head_channels=None)
     elif head_channels is not None:

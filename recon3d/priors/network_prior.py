@@ -104,7 +104,7 @@ class NetworkPrior:
         if self._path is not None:
             kind, path = self._path
             s = path.s(t := path.time(sigma))
-            return to_denoiser(net(s * x, t), x, sigma, kind, s)
+            return to_denoiser(net(s * x, sigma if self._net.clock == "sigma" else t), x, sigma, kind, s)
         # the coefficients of recon3d.priors.networks.edm, in double precision
         d = self.card.sigma_data or 1.0
         norm = 1 / math.hypot(sigma, d)

@@ -20,6 +20,7 @@ from recon3d.priors.base import ModelCard
 from recon3d.priors.checkpoints.folder import CARD, build_network, write_folder
 from recon3d.priors.checkpoints.torch_file import read_checkpoint, tensors_of
 from recon3d.priors.networks.adm import adm_config
+from recon3d.priors.networks.ncsnpp import ncsnpp_config
 
 __all__ = ["Found", "convert", "inspect"]
 
@@ -34,12 +35,14 @@ class Family:
         title: what it is called.
         key: a tensor that every one of the family has, and no other family.
         config: shapes and what they do not tell -> architecture for the card.
+        options: names of what shapes do not tell.
         card: fields of the card that all of the family share.
     """
 
     title: str
     key: str
     config: Callable[..., Any]
+    options: tuple[str, ...]
     card: Mapping[str, Any]
 
 
@@ -48,7 +51,15 @@ FAMILIES: dict[str, Family] = {
         "guided diffusion (ADM)",
         "input_blocks.0.0.weight",
         adm_config,
-        {"path": "vp", "prediction": "eps", "sigma_range": (0.0101, 157.0)},
+        ("head_channels", "heads", "legacy_attention"),
+        {"path": "vp", "prediction": "eps", "sigma_range": (0.0101, 157.3)},
+    ),
+    "ncsnpp": Family(
+        "NCSN++ (score_sde)",
+        "all_modules.0.W",
+        ncsnpp_config,
+        ("centered",),
+        {"path": "ve", "prediction": "score", "sigma_range": (0.01, 378.0)},
     ),
 }
 
@@ -80,12 +91,13 @@ def inspect(path: str | Path, **options: Any) -> Found:
     Args:
         path: .pt, .pth or .safetensors file of a state dict.
         options: what the shapes do not tell, as the family's configuration names it (adm: head_channels, heads,
-            legacy_attention).
+            legacy_attention; ncsnpp: centered).
 
     Raises:
         BadInput: it cannot be read, holds other objects than tensors, or is of no known family.
+        ValueError: an option that the family does not have.
     """
-    tensors = tensors_of(read_checkpoint(path), path)
+    tensors = _weights(read_checkpoint(path), path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     name = next((name for name, family in FAMILIES.items() if family.key in shapes), None)
     if name is None:
@@ -95,6 +107,9 @@ def inspect(path: str | Path, **options: Any) -> Found:
             f"is of no known family; it begins with tensor {next(iter(shapes))}",
             f"tell-tale tensors are {titles}",
         )
+    for option in options:
+        if option not in FAMILIES[name].options:
+            raise ValueError(f"{option}: {FAMILIES[name].title} has no such choice; leave it out")
     try:
         config = FAMILIES[name].config(shapes, **options)
     except ValidationError as error:
@@ -148,3 +163,34 @@ def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **opt
     state = {name: tensor.float() for name, tensor in found.tensors.items()}
     build_network(made, state, path)
     return write_folder(target, made, state, torch.float32)
+
+
+def _weights(content: Any, path: str | Path) -> dict[str, Tensor]:
+    """The weights to denoise with: a plain state dict, or the averaged ones of a score_sde training checkpoint.
+
+    There the average is a list without names: all that is trained, in the order of the model's own tensors. The Fourier
+    frequencies are not trained, and noise levels are a table beside the weights.
+    """
+    if not (isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) and "ema" in content):
+        return tensors_of(content, path)
+    model = {name: t for name, t in tensors_of(content["model"], path).items() if name != "sigmas"}
+    ema = content["ema"]
+    averaged = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    if not isinstance(averaged, (list, tuple)) or not all(isinstance(t, Tensor) for t in averaged):
+        raise BadInput(path, "ema.shadow_params is not a list of tensors", "a score_sde checkpoint is expected")
+    trained = [name for name in model if name != FAMILIES["ncsnpp"].key]
+    if len(averaged) != len(trained):
+        raise BadInput(
+            path,
+            f"ema.shadow_params has {len(averaged)} tensors, the model trains {len(trained)}",
+            "average and model belong to different networks",
+        )
+    for name, tensor in zip(trained, averaged, strict=True):
+        if tensor.shape != model[name].shape:
+            raise BadInput(
+                path,
+                f"ema.shadow_params: shape {tuple(tensor.shape)} stands where {name} has {tuple(model[name].shape)}",
+                "average and model belong to different networks",
+            )
+        model[name] = tensor
+    return model

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from recon3d.priors.networks.adm import ADM, ADMConfig
 from recon3d.priors.networks.edm import EDMDenoiser
+from recon3d.priors.networks.ncsnpp import NCSNpp, NCSNppConfig
 from recon3d.priors.networks.unet import UNet, UNetConfig
 
-__all__ = ["ADM", "FAMILIES", "ADMConfig", "EDMDenoiser", "Network", "UNet", "UNetConfig"]
+__all__ = [
+    "ADM", "FAMILIES", "ADMConfig", "EDMDenoiser", "NCSNpp", "NCSNppConfig", "Network", "UNet", "UNetConfig",
+]  # fmt: skip
 
 
 class Network(Protocol):
     """F(x, t): [b, c, row, col] and one number per image, or [1] for all -> [b, c_out, row, col]."""
 
     config: Any  # has `multiple`, which image sides must be multiples of
+    clock: ClassVar[Literal["time", "sigma"]]  # what t is: the path's time, or the noise level itself
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
 
@@ -33,4 +37,8 @@ class Network(Protocol):
 
 
 # architecture.family of a card -> its configuration and its network
-FAMILIES: dict[str, tuple[Any, Any]] = {"unet": (UNetConfig, UNet), "adm": (ADMConfig, ADM)}
+FAMILIES: dict[str, tuple[Any, Any]] = {
+    "unet": (UNetConfig, UNet),
+    "adm": (ADMConfig, ADM),
+    "ncsnpp": (NCSNppConfig, NCSNpp),
+}

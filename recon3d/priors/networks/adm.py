@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -61,6 +61,8 @@ class ADM(nn.Module):
     >>> net(torch.zeros(1, 1, 8, 12), torch.zeros(1)).shape
     torch.Size([1, 1, 8, 12])
     """
+
+    clock: ClassVar[Literal["time", "sigma"]] = "time"
 
     def __init__(self, config: ADMConfig) -> None:
         super().__init__()

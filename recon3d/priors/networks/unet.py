@@ -14,7 +14,7 @@ residual sums divided by sqrt(2) and the zero-initialised second convolution as 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +49,8 @@ class UNet(nn.Module):
     >>> net(torch.zeros(2, 1, 6, 10), torch.zeros(2)).shape
     torch.Size([2, 1, 6, 10])
     """
+
+    clock: ClassVar[Literal["time", "sigma"]] = "time"
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
