@@ -7,6 +7,7 @@ import torch
 from toys import MatrixOperator
 
 from recon3d import ops
+from recon3d.baselines import mlem, osem, osem_rdp, osem_rdp_objective, tune_osem_rdp
 from recon3d.consistency import OrderedSubsets, Rho, log_likelihood, ordered_subsets_em, poisson_log_likelihood
 from recon3d.consistency.em import mean_sensitivity, uniform_start
 from recon3d.operators.base import LinearOperator, Space
@@ -266,6 +267,66 @@ def test_scanners_without_background_or_subsets():
     assert (a(x) - y).norm() < 0.05 * y.norm()
     with pytest.raises(NotImplementedError):
         ordered_subsets_em(x, y, a, subsets=2)
+
+
+# ---- baselines ---------------------------------------------------------------------------------------------------
+
+
+def test_baselines_are_the_em_loop():
+    a = scanner()
+    y = counts(a, TRUTH)
+    seen = []
+    x = osem(y, a, 3, 4, callback=lambda k, v: seen.append(k) or k == 2)
+    assert seen == [1, 2]
+    start = uniform_start(a, y, 4)
+    assert torch.equal(x, ordered_subsets_em(start, y, a, subsets=4, iterations=8))
+    assert torch.equal(osem(y, a, 1, 4, x0=x), osem(y, a, 3, 4))
+    likelihoods = []
+    mlem(y, a, 20, callback=lambda k, v: likelihoods.append(log_likelihood(v, y, a)))
+    assert len(likelihoods) == 20 and likelihoods == sorted(likelihoods)
+
+
+def test_osem_rdp_climbs_its_objective_and_tunes():
+    a = scanner(views=16, rays=30)
+    a.matrix, a.additive = 0.3 * a.matrix, 0.3 * a.additive
+    truth = torch.full(SHAPE, 2.0, dtype=torch.float64)
+    truth[:, 2:4, 2:5] = 6.0
+    y = counts(a, truth)
+    values = []
+    settings = {"strength": 0.1, "value_scale": 3.0, "spacing_mm": (2.0, 1.0, 1.0)}
+
+    def note(k, x):
+        values.append(osem_rdp_objective(x, y, a, **settings))
+
+    osem_rdp(y, a, iterations=15, callback=note, **settings)
+    assert values == sorted(values)
+    found = tune_osem_rdp(y, a, truth, iterations=6, subsets=4, strengths=[10**k for k in range(-4, 2)])
+    assert 1 <= found.iterations <= 6
+    assert torch.equal(found.volume, osem_rdp(y, a, found.strength, found.iterations, 4))
+    assert dict(found.scores)[found.strength] == max(score for _, score in found.scores)
+    plain = min(float((osem(y, a, k, 4) - truth).norm()) for k in range(1, 7))
+    assert (found.volume - truth).norm() < plain
+    again = tune_osem_rdp(y * 1, a, truth, [0.01, 0.1], 3, score=lambda x: -float((x - truth).abs().max()), start=0.1)
+    assert again.strength in (0.01, 0.1)
+
+
+def test_baselines_refuse():
+    a = scanner()
+    y = counts(a, TRUTH)
+    with pytest.raises(ValueError, match="counts must be finite and at least 0"):
+        mlem(-y, a)
+    with pytest.raises(ValueError, match="osem: iterations must be at least 1, got 0"):
+        osem(y, a, 0)
+    with pytest.raises(ValueError, match="strength must be positive, got 0"):
+        osem_rdp(y, a, 0.0)
+    with pytest.raises(ValueError, match="gamma must be at least 1"):
+        osem_rdp(y, a, gamma=0.5)
+    with pytest.raises(ValueError, match="value_scale must be positive"):
+        osem_rdp(y, a, value_scale=-1.0)
+    zero = torch.zeros_like(y)
+    for run in (mlem, osem, osem_rdp):
+        out = run(zero, a, iterations=2)
+        assert not out.any()
 
 
 def test_bad_input():
