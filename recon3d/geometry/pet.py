@@ -190,6 +190,9 @@ class PETGeometry:
     def default_grid(self, pixel_mm: float | None = None, n: int | None = None) -> VolumeGrid:
         """A volume over the field of view: two slices for every ring, less one; pixels the size of a radial bin.
 
+        Its affine is the scanner's: x to the left, y to the back and z along the rings, for a patient on the back and
+        head first.
+
         Args:
             pixel_mm: pixel size; None = the radial bin, or with n what fills the field of view.
             n: pixels of a side; None = as many as fill the field of view.
@@ -198,8 +201,13 @@ class PETGeometry:
             pixel_mm = self.bin_mm if n is None else self.fov_mm / n
         if n is None:
             n = math.ceil(self.fov_mm / pixel_mm - 1e-9)
-        dz = self.scanner.ring_spacing_mm / 2
-        return VolumeGrid((2 * self.scanner.rings - 1, n, n), (dz, pixel_mm, pixel_mm))
+        dz, nz = self.scanner.ring_spacing_mm / 2, 2 * self.scanner.rings - 1
+        grid = VolumeGrid((nz, n, n), (dz, pixel_mm, pixel_mm))
+        if not self.scanner.ring_0_at_head:
+            return grid
+        affine = grid.matrix()
+        affine[2] *= -1
+        return replace(grid, affine=tuple(tuple(row) for row in affine.tolist()))
 
     # pairs of crystals ----------------------------------------------------------------------------------------------
 
