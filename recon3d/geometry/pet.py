@@ -11,8 +11,9 @@ p0 = s n - h d to p1 = s n + h d. This is how Siemens and STIR count. Mashing ad
 Along the axis. A segment holds the ring differences ring(p1) - ring(p0) from its lowest to its highest: `span` many,
 centred on k span. Segments come in the order 0, -1, +1, -2, +2, ...; the planes of a segment follow one another along
 z, one for every ring pair (span 1) or for every sum of ring numbers (compressed: a plane adds up the ring pairs of the
-segment with that sum, and stands for one line at the segment's mean difference). The 4084 planes of span 1 with
-differences up to 60 are those of Siemens' mMR list mode.
+segment with that sum, and stands for one line at the segment's mean difference). Span 1 with differences up to 60 has
+the 4084 planes of Siemens' mMR list mode; there rings are counted from the head, so that its planes are these turned
+round.
 
 Data lie [view, radial, plane], with time of flight [view, radial, tof, plane].
 """
@@ -190,9 +191,6 @@ class PETGeometry:
     def default_grid(self, pixel_mm: float | None = None, n: int | None = None) -> VolumeGrid:
         """A volume over the field of view: two slices for every ring, less one; pixels the size of a radial bin.
 
-        Its affine is the scanner's: x to the left, y to the back and z along the rings, for a patient on the back and
-        head first.
-
         Args:
             pixel_mm: pixel size; None = the radial bin, or with n what fills the field of view.
             n: pixels of a side; None = as many as fill the field of view.
@@ -202,12 +200,7 @@ class PETGeometry:
         if n is None:
             n = math.ceil(self.fov_mm / pixel_mm - 1e-9)
         dz, nz = self.scanner.ring_spacing_mm / 2, 2 * self.scanner.rings - 1
-        grid = VolumeGrid((nz, n, n), (dz, pixel_mm, pixel_mm))
-        if not self.scanner.ring_0_at_head:
-            return grid
-        affine = grid.matrix()
-        affine[2] *= -1
-        return replace(grid, affine=tuple(tuple(row) for row in affine.tolist()))
+        return VolumeGrid((nz, n, n), (dz, pixel_mm, pixel_mm))
 
     # pairs of crystals ----------------------------------------------------------------------------------------------
 

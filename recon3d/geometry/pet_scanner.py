@@ -1,7 +1,8 @@
 """Cylindrical PET scanners made of blocks of crystals, and the numbers of a few that are public.
 
 Crystal c of a ring sits at the angle psi = 2 pi c / N + tilt with X = r sin(psi), Y = -r cos(psi): crystal 0 above the
-patient, the next ones towards the patient's left. Ring k lies at z = (k - (rings-1)/2) pitch. Blocks are taken as
+patient, the next ones towards the patient's left. Ring k lies at z = (k - (rings-1)/2) pitch, counted from the feet of a patient who lies head first
+(vendors may count from the head: readers turn rings round). Blocks are taken as
 bent: every crystal at the same distance from the axis, which is the inner radius and the mean depth of interaction.
 """
 
@@ -82,8 +83,6 @@ class PETScanner:
         n_radial: radial bins that the scanner's sinograms have.
         tilt_rad: angle of crystal 0 from the top.
         tof: time of flight as the scanner stores it, or None.
-        ring_0_at_head: whether ring 0 is the one at the head of a patient who lies head first; z of the scanner then
-            runs to the feet, which default grids tell in their affine.
 
     Raises:
         ValueError: a count below one, an odd number of crystals, blocks that do not fill the ring, or a gap outside a
@@ -102,7 +101,6 @@ class PETScanner:
     n_radial: int = 0
     tilt_rad: float = 0.0
     tof: TOF | None = None
-    ring_0_at_head: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rings", "crystals", "block_crystals", "block_rings"):
@@ -176,9 +174,8 @@ def scanner(name: str) -> PETScanner:
 
     GE stores sinograms in an order of its own and compresses by two along z, which this geometry does not have: take
     "signa" and "d690" for list mode and simulation; "signa" has its 351 time bins mashed to 27. Depths of interaction,
-    ring spacings and tilts are those of STIR's table of scanners. Which crystal of a block is the virtual one, and
-    that ring 0 is at the head, was seen in data for "mmr" only; "mct" and "vision" take the last crystal and the same
-    end.
+    ring spacings and tilts are those of STIR's table of scanners. Which crystal of a block is the virtual one was seen
+    in data for "mmr" only; "mct" and "vision" take the last.
 
     Raises:
         ValueError: an unknown name.
@@ -200,13 +197,9 @@ def scanner_names() -> tuple[str, ...]:
 _SCANNERS = {
     s.name: s
     for s in (
-        PETScanner("mmr", 64, 4.0625, 504, 328.0 + 7.0, 9, 8, (0,), (), 344, ring_0_at_head=True),
-        PETScanner(
-            "mct", 55, 4.054, 672, 421.0 + 7.0, 14, 14, (13,), (13,), 400, 0.0, TOF.from_ps(13, 312.0, 555.0), True
-        ),
-        PETScanner(
-            "vision", 80, 3.29114, 798, 417.0, 21, 10, (20,), (), 520, 0.0324, TOF.from_ps(33, 143.231, 214.0), True
-        ),
+        PETScanner("mmr", 64, 4.0625, 504, 328.0 + 7.0, 9, 8, (0,), (), 344),
+        PETScanner("mct", 55, 4.054, 672, 421.0 + 7.0, 14, 14, (13,), (13,), 400, 0.0, TOF.from_ps(13, 312.0, 555.0)),
+        PETScanner("vision", 80, 3.29114, 798, 417.0, 21, 10, (20,), (), 520, 0.0324, TOF.from_ps(33, 143.231, 214.0)),
         PETScanner(
             "signa", 45, 5.56, 448, 311.8 + 8.5, 4, 9, (), (), 357, math.radians(-5.23), TOF.from_ps(27, 169.26, 390.0)
         ),
