@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from bench import _common, _goals, _nufft_rivals, nufft
+from bench import _common, _goals, _nufft_rivals, nufft, pet
 from bench._common import Gate, Refused, compare
+from recon3d.geometry import scanner
+from recon3d.ops import joseph3d
 
 
 def rows(error=0.0):
@@ -109,3 +111,32 @@ def test_toeplitz_kernel_is_the_normal_operator(absent, monkeypatch):
     spectrum = torch.fft.fft2(x, s=(8, 12)) * _nufft_rivals.toeplitz_kernel(points, shape)
     want = (matrix.mH @ (matrix @ x.flatten())).reshape(shape)
     torch.testing.assert_close(torch.fft.ifft2(spectrum)[:4, :6], want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tof", [None, pet.TIME], ids=["plain", "tof"])
+@pytest.mark.parametrize("make", [pet.small_scanner, pet.list_mode])
+def test_pet_rival_gets_the_same_lines(make, tof):
+    """The ends handed to the library, taken as lines of their own, give our sinogram in the order it is turned into."""
+    case = make(tof, quick=True, few=True)
+    start, stop = (torch.from_numpy(e) for e in case.ends)
+    some = slice(0, len(start), 1 + len(start) // 500)
+    points = torch.cat((start[some], stop[some])).double()
+    n = len(points) // 2
+    pairs = torch.stack((torch.arange(n), torch.arange(n, 2 * n)), 1).int()
+    bins = None if case.bins is None else torch.from_numpy(case.bins[some]).int()
+    got = joseph3d(case.x.double(), points, pairs, case.spacing_mm, tof=tof, tof_bins=bins)
+    ours = case.forward(case.x.double())
+    torch.testing.assert_close(case.for_rival(ours)[some], got, rtol=1e-9, atol=1e-9)
+    assert torch.equal(case.from_rival(case.for_rival(case.y)), case.y)
+
+
+def test_pet_events_come_from_a_cylinder():
+    device = scanner("mmr")
+    pairs, bins = pet.cylinder_events(device, 20_000, 120.0, 220.0, pet.TIME)
+    p0, p1 = (device.crystal_positions()[pairs[:, k]] for k in range(2))
+    way, middle = p1 - p0, (p0 + p1) / 2
+    nearest = np.abs(middle[:, 2] * way[:, 1] - middle[:, 1] * way[:, 2]) / np.hypot(way[:, 1], way[:, 2])
+    assert len(pairs) == 20_000 and nearest.max() < 125 and bins.min() >= 0 and bins.max() < pet.TIME.bins
+    # the mean |s| of lines through a uniform disc is 4 R / (3 pi)
+    assert nearest.mean() == pytest.approx(4 * 120 / (3 * math.pi), rel=0.03)
+    assert 28 < np.std((bins - 8) * pet.TIME.bin_mm) < 100
