@@ -210,6 +210,12 @@ def _pydicom() -> Any:
     return pydicom
 
 
+def _broken() -> tuple[type[BaseException], ...]:
+    """What the parser raises at damaged files."""
+    errors = _pydicom().errors
+    return (*_BROKEN, errors.BytesLengthException, errors.InvalidDicomError)
+
+
 def _header(path: Path) -> _Slice:
     """A parsed header without pixels.
 
@@ -220,7 +226,7 @@ def _header(path: Path) -> _Slice:
     size = check_file(path)
     if size > _MOST_BYTES:
         raise BadInput(path, f"has {size} bytes", "series of one slice a file are read")
-    with _quiet(), as_bad_input(path, "cannot be understood as DICOM", _BROKEN):
+    with _quiet(), as_bad_input(path, "cannot be understood as DICOM", _broken()):
         syntax = str(dicom.filereader.read_file_meta_info(path).get("TransferSyntaxUID", ""))
         if syntax == _DEFLATED:  # unpacked without bound by the parser
             raise BadInput(path, "is deflated", "store it uncompressed first")
@@ -352,7 +358,7 @@ def _unit(path: str | os.PathLike[str], head: Any) -> str:
 def _philips(head: Any) -> float | None:
     try:
         value = float(head[0x7053, 0x1009].value)
-    except _BROKEN:
+    except _broken():
         return None
     return value if math.isfinite(value) and 0 < value < 1e12 else None
 
@@ -361,7 +367,7 @@ def _pixels(item: _Slice, shape: tuple[int, ...]) -> NDArray[np.float32]:
     """A slice in the unit of its series."""
     path, head = item.path, item.head
     dicom = _pydicom()
-    with _quiet(), as_bad_input(path, "has pixels that cannot be read", _BROKEN, "store it uncompressed first"):
+    with _quiet(), as_bad_input(path, "has pixels that cannot be read", _broken(), "store it uncompressed first"):
         bits, stored = int(head.BitsAllocated), int(head.get("BitsStored") or head.BitsAllocated)
         signed = int(head.PixelRepresentation)
         if bits not in (8, 16, 32) or not 1 <= stored <= bits or signed not in (0, 1):
@@ -417,14 +423,14 @@ def _dates(head: Any) -> None:
 def _positive(item: Any, name: str) -> float | None:
     try:
         value = float(item.get(name))
-    except _BROKEN:
+    except _broken():
         return None
     return value if math.isfinite(value) and value > 0 else None
 
 
 def _dose(path: str | os.PathLike[str], heads: list[Any], notes: list[str]) -> tuple[PETInfo, float | None]:
     """Time and dose of a PET series, and its SUVbw factor."""
-    with _quiet(), as_bad_input(path, "has times or doses that cannot be understood", _BROKEN):
+    with _quiet(), as_bad_input(path, "has times or doses that cannot be understood", _broken()):
         head = heads[0]
         sequence = head.get("RadiopharmaceuticalInformationSequence")
         drug = sequence[0] if sequence is not None and len(sequence) == 1 else {}
