@@ -5,6 +5,9 @@ result.volume   # [z, y, x], 1/mm
 
 result = recon3d.reconstruct_mri(kspace, mask, recipe="mri", prior="mr")
 result.volume   # [z, y, x], complex
+
+result = recon3d.reconstruct_pet(prompts, geometry, factors, additive, recipe="pet", prior="pet")
+result.volume   # [z, y, x], Bq/mL
 """
 
 from __future__ import annotations
@@ -34,14 +37,15 @@ from recon3d.engine.problem import Problem, load_problem
 from recon3d.engine.scan import DEFAULTS, Scan, choose_device, digest, modality_of
 from recon3d.engine.scan_ct import CTScan
 from recon3d.engine.scan_mri import kspace_of, prepare
-from recon3d.geometry import GeometryWarning, ScanGeometry, VolumeGrid
+from recon3d.engine.scan_pet import prepare as prepare_pet
+from recon3d.geometry import GeometryWarning, PETGeometry, ScanGeometry, VolumeGrid
 from recon3d.geometry.mri import Trajectory
 from recon3d.operators.noise import GaussianNoise, NoiseModel
 from recon3d.priors.base import Prior
 from recon3d.real_view import real_view
 from recon3d.recipes import Recipe, load_recipe, recipe_from
 
-__all__ = ["Problem", "Result", "plan_job", "reconstruct", "reconstruct_mri", "run_job"]
+__all__ = ["Problem", "Result", "plan_job", "reconstruct", "reconstruct_mri", "reconstruct_pet", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Result:
     """A reconstruction.
 
     Attributes:
-        volume: [z, y, x] on the CPU: attenuation in 1/mm for CT, complex in the scanner's unit for MRI.
+        volume: [z, y, x] on the CPU: attenuation in 1/mm for CT, complex in the scanner's unit for MRI, activity
+            in Bq/mL for PET.
         grid: its grid.
         timings: where the time went, over all attempts.
         peak_memory_bytes: most resident memory of this process.
@@ -220,6 +225,90 @@ def reconstruct_mri(
     )
 
 
+def reconstruct_pet(
+    prompts: Tensor | NDArray[Any],
+    geometry: PETGeometry,
+    factors: Tensor | NDArray[np.floating] | None = None,
+    additive: Tensor | NDArray[np.floating] | None = None,
+    grid: VolumeGrid | None = None,
+    recipe: str | Recipe = "pet",
+    prior: str | Path | Prior = "pet",
+    *,
+    mu: tuple[Tensor, VolumeGrid] | None = None,
+    scale: float | None = None,
+    psf_fwhm_mm: float | None = None,
+    suv_factor: float | None = None,
+    guide: Tensor | None = None,
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    accept_mismatch: bool = False,
+    folder: str | Path | None = None,
+    schedule: Schedule | None = None,
+    output: OutputConfig | None = None,
+    force: bool = False,
+    listeners: tuple[Listener, ...] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Reconstruct an activity from PET counts, counts ~ Poisson(scale * factors * P x + additive).
+
+    Args:
+        prompts: [view, radial, plane], with time of flight [view, radial, tof, plane]: prompt coincidences as counted.
+        geometry: their bins; recon3d.geometry.pet_geometry makes it for a known scanner.
+        factors: attenuation and normalisation of every bin; None for 1. [view, radial, plane] serves all time bins.
+        additive: expected random and scattered counts; None for none.
+        grid: the volume, centred on the scanner; None takes geometry.default_grid().
+        recipe: a packaged recipe ("pet", "pet_dds", ...), a YAML file, or a Recipe.
+        prior: a packaged prior ("pet"), a folder, or any object with `denoise`, `offset` and `scale`; a unit of its
+            network is this scan's typical activity, unless it is a recon3d.priors.scaled.ScaledPrior.
+        mu: attenuation map in 1/mm and its grid, for factors that hold none; brought onto the grid.
+        scale: counts of a bin with factor 1 for 1 Bq/mL along 1 mm (recon3d.operators.quantitative_scale); without it
+            the volume is in counts per mm.
+        psf_fwhm_mm: resolution of the scanner in the image.
+        suv_factor: SUV of 1 Bq/mL, for output.unit "suv".
+        guide: [z, y, x] on the grid, an MR or CT image for a prior that takes a condition.
+        seed, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop: as in
+            `reconstruct`.
+
+    Returns:
+        The activity, not negative and 0 where the scanner sees nothing, with timings and its fit to the data.
+
+    Raises:
+        ValueError: shapes disagree, counts are negative or all zero, or the prior does not fit the grid.
+        NonFiniteError, ResourceError: as `reconstruct`.
+    """
+    place = choose_device(device)
+    scan = prepare_pet(
+        prompts,
+        geometry,
+        factors,
+        additive,
+        grid,
+        mu=mu,
+        scale=1.0 if scale is None else scale,
+        psf_fwhm_mm=psf_fwhm_mm,
+        suv_factor=suv_factor,
+        calibrated=scale is not None,
+        guide=guide,
+        device=place,
+    )
+    problem = Problem(
+        scan=scan,
+        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
+        prior=_prior(prior, place),
+        seed=seed,
+        accept_mismatch=accept_mismatch,
+    )
+    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "seed": seed}
+    compute = ComputeConfig(batch_size=batch_size, workers=workers)
+    run = None if folder is None else RunFolder(folder)
+    text = yaml.safe_dump(meaning, sort_keys=False)
+    return _execute(
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
+    )
+
+
 def run_job(
     config: JobConfig,
     folder: str | Path,
@@ -352,6 +441,9 @@ def _fit(scan: Scan, volume: Tensor, depth: int = 8) -> dict[str, Any]:
     """How well the volume explains the measurement, a few slices at a time."""
     from recon3d.metrics import data_fit
 
+    own = scan.data_fit(volume)
+    if own is not None:
+        return own
     squared, power, chi2, used = 0.0, 0.0, 0.0, 0
     for slices, part in scan.slabs(depth):
         y, measured, weights = part.y, part.measured(), part.weights()

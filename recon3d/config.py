@@ -58,7 +58,7 @@ class UndersampleConfig(_Section):
 class InputConfig(_Section):
     """The measurement, which part of it is used, and what its file does not say; a value given here wins."""
 
-    path: str = Field("", description="line integrals or k-space; the content tells the format")
+    path: str = Field("", description="line integrals, k-space or counts; the content tells the format")
     # line integrals
     views: int | None = Field(None, ge=1, description="CT: keep this many views, evenly spread; null keeps all")
     rows: Interval | None = Field(None, description="CT: keep slices [first, end); null keeps all")
@@ -103,6 +103,41 @@ class InputConfig(_Section):
         None, description="MRI: coil maps; null takes the file's where it has some, else makes them by ESPIRiT"
     )
     calibration: int | None = Field(None, ge=8, description="MRI: width of the centre for ESPIRiT, 24 unless given")
+    # counts
+    precorrected: bool | None = Field(
+        None, description="PET: prompts may be negative or fractional, because something was subtracted from them"
+    )
+    span: int | None = Field(None, ge=1, description="PET: ring differences that a segment of list mode adds up")
+    max_ring_difference: int | None = Field(None, ge=0, description="PET: largest one taken from list mode")
+    mashing: int | None = Field(None, ge=1, description="PET: views of list mode that are added up")
+    seconds: Annotated[tuple[float, float], Strict(False)] | None = Field(
+        None, description="PET: first and last second of list mode to take; null takes all"
+    )
+    mu_unit: Literal["1/mm", "1/cm", "hu"] | None = Field(
+        None, description="PET: of an attenuation map that does not state it"
+    )
+    multiplicative: str | None = Field(
+        None, description="PET: sinogram of factors, attenuation and normalisation together; wins over what is beside"
+    )
+    additive: str | None = Field(None, description="PET: sinogram of expected randoms and scatter, in counts")
+    attenuation: str | None = Field(None, description="PET: attenuation map, NIfTI or Interfile; put on the grid")
+    normalisation: str | None = Field(
+        None, description="PET: sinogram of factors without attenuation, or fansum to estimate it from the counts"
+    )
+    randoms: Literal["delayed", "none"] | None = Field(
+        None, description="PET: from delayed coincidences where no additive term is given, unless none"
+    )
+    counts_per_unit: float | None = Field(
+        None, gt=0, description="PET: counts of a bin with factor 1 for 1 Bq/mL along 1 mm; calibrates the image"
+    )
+    psf_fwhm_mm: float | None = Field(None, gt=0, description="PET: resolution of the scanner in the image")
+    weight_kg: float | None = Field(None, gt=0, description="PET: of the patient, for SUV")
+    injected_bq: float | None = Field(None, gt=0, description="PET: activity at injection, for SUV")
+    injection_to_scan_s: float | None = Field(None, description="PET: for SUV")
+    half_life_s: float | None = Field(None, gt=0, description="PET: of the isotope, for SUV")
+    guide: str | None = Field(
+        None, description="PET: NIfTI of an aligned MR or CT image, for a prior that takes a condition"
+    )
 
     def options(self, modality: str) -> dict[str, Any]:
         """What the readers of a modality are told: everything given that they know."""
@@ -124,15 +159,21 @@ _READER_KEYS = {
         "slices", "contrast", "repetition", "phase", "set", "average", "frames", "merge_frames", "crop_readout",
         "matrix", "pixel_mm", "slice_spacing_mm", "trajectory", "trajectory_unit", "trajectory_order",
     },
+    "pet": {"precorrected", "span", "max_ring_difference", "mashing", "seconds", "mu_unit"},
 }  # fmt: skip
 _KEYS = {
     "ct": _READER_KEYS["ct"] | {"views"},
     "mri": _READER_KEYS["mri"] | {"spokes", "undersample", "coils", "maps", "calibration"},
-}
+    "pet": _READER_KEYS["pet"]
+    | {
+        "multiplicative", "additive", "attenuation", "normalisation", "randoms", "counts_per_unit", "psf_fwhm_mm",
+        "weight_kg", "injected_bq", "injection_to_scan_s", "half_life_s", "guide",
+    },
+}  # fmt: skip
 
 
 class GridConfig(_Section):
-    """The volume of a CT scan; null takes what the file says, else the detector's cell size at the rotation axis."""
+    """The volume of a CT or PET scan; null takes what the file says, else the size of a detector's cell at the axis."""
 
     shape: Shape | None = Field(None, description="voxels along z, y, x")
     spacing_mm: Lengths | None = Field(None, description="voxel size along z, y, x")
@@ -179,7 +220,9 @@ class CheckpointConfig(_Section):
 class OutputConfig(_Section):
     """What is written."""
 
-    unit: Literal["hu", "per_mm"] | None = Field(None, description="CT: HU unless given, or attenuation in 1/mm")
+    unit: Literal["hu", "per_mm", "bq_per_ml", "suv"] | None = Field(
+        None, description="CT: HU unless given, or attenuation in 1/mm; PET: Bq/mL unless given, or SUV by body weight"
+    )
     mu_water_per_mm: float | None = Field(
         None, gt=0, description="CT: attenuation of water for HU, 0.0193 unless given"
     )
@@ -196,12 +239,12 @@ class JobConfig(_Section):
     recipe: str | dict[str, Any] | None = Field(
         None,
         description="a packaged recipe, a YAML file, or the recipe itself (with a key `like`: changes to that recipe); "
-        "null takes ct or mri by the measurement",
+        "null takes ct, mri or pet by the measurement",
     )
     prior: str | None = Field(
         None,
-        description="a packaged prior or a folder with card.json and model.safetensors; null takes ct or mr by the "
-        "measurement",
+        description="a packaged prior or a folder with card.json and model.safetensors; null takes ct, mr or pet by "
+        "the measurement",
     )
     accept_mismatch: bool = Field(
         False, description="use the prior on spacings and noise levels it was not trained on, with a warning"

@@ -52,6 +52,8 @@ def a_job(recipe="dds_tv", seed=7, depth=DEPTH, **overrides):
     )
 
 
+# counts have tests of their own
+GAUSSIAN = [name for name in recipe_names() if not name.startswith("pet")]
 SMALL = {
     "posterior": {"trajectory__levels": 3, "trajectory__inner": 2},
     "diffusionmbir": {"trajectory__levels": 4},
@@ -59,7 +61,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", GAUSSIAN)
 def test_every_recipe_runs_and_repeats(name):
     small = SMALL.get(name, {"trajectory__levels": 6})
     first, second = (reconstruct(a_job(name, **small)) for _ in range(2))
@@ -67,7 +69,7 @@ def test_every_recipe_runs_and_repeats(name):
     assert not torch.equal(first, reconstruct(a_job(name, seed=8, **small)))
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", GAUSSIAN)
 def test_resumes_to_the_same_bits_from_any_level(name):
     small = SMALL.get(name, {"trajectory__levels": 4})
     whole = reconstruct(a_job(name, **small))
@@ -309,7 +311,7 @@ def test_not_a_number_is_named():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", GAUSSIAN)
 def test_one_slice_and_two(name, depth):
     assert reconstruct(a_job(name, depth=depth, **SMALL.get(name, {"trajectory__levels": 3}))).isfinite().all()
 

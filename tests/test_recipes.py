@@ -13,7 +13,8 @@ from recon3d.recipes import Recipe, load_recipe, recipe_names, recipe_schema
 
 def test_the_packaged_recipes():
     ct = {"ct", "dds", "dds_iscs", "dds_tv", "diffusionmbir"}
-    assert set(recipe_names()) == ct | {"mri", "ddnm_mri", "dds_mri", "dds_mri_tv", "score_mri", "posterior"}
+    pet = {"pet", "pet_dds", "pet_dps", "pet_ls", "pet_naive"}
+    assert set(recipe_names()) == ct | pet | {"mri", "ddnm_mri", "dds_mri", "dds_mri_tv", "score_mri", "posterior"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -24,7 +25,7 @@ def test_a_recipe_says_where_it_comes_from(name):
     if recipe.published:
         assert recipe.provenance.arxiv and len(recipe.provenance.differs) > 100
     else:
-        assert name in ("ct", "mri", "posterior")
+        assert name in ("ct", "mri", "pet", "pet_ls", "posterior")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -62,20 +62,23 @@ def _reason(key: str, error: str | None, gpu: bool) -> str:
 
 
 def describe(path: Path) -> str:
-    """A run folder, a volume, a prior, or a file of measurements, in a few lines.
+    """A run folder, a volume, a prior, or a file or folder of measurements, in a few lines.
 
     Raises:
         BadInput: it is none of these, or damaged.
     """
     from recon3d.engine.folder import CONFIG, MANIFEST
     from recon3d.io import BadInput
+    from recon3d.io.pet_folder import is_pet_folder
 
     if path.is_dir():
         if (path / MANIFEST).exists() or (path / CONFIG).exists():
             return _run(path)
         if (path / "card.json").exists():
             return _prior(path)
-        raise BadInput(path, "is neither a run nor a prior", "give a run folder, a prior folder or a file")
+        if not is_pet_folder(path):
+            hint = "give a run folder, a prior folder, a folder of PET counts or a file"
+            raise BadInput(path, "is neither a run nor a prior nor a measurement", hint)
     from recon3d import io
 
     found = io.describe(path)

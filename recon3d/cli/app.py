@@ -22,7 +22,9 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path | None, typer.Option("--config", "-c", help="Job file in YAML.")]
-Input = Annotated[Path | None, typer.Option("--input", "-i", help="Sinogram or k-space; the content tells the format.")]
+Input = Annotated[
+    Path | None, typer.Option("--input", "-i", help="Sinogram, k-space or counts; the content tells the format.")
+]
 Recipe = Annotated[str | None, typer.Option(help="Packaged recipe or a YAML file.")]
 Prior = Annotated[str | None, typer.Option(help="Packaged prior or a folder.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]

@@ -13,6 +13,7 @@ from recon3d import baselines
 from recon3d.config import ConfigError, JobConfig
 from recon3d.engine.events import Events
 from recon3d.engine.scan import Modality, load_scan
+from recon3d.operators.base import LinearOperator
 
 # the method, and the options it takes besides measurement, operator and weights
 _METHODS: dict[Modality, dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]]] = {
@@ -26,17 +27,30 @@ _METHODS: dict[Modality, dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]
         "cg_sense": (baselines.cg_sense, ("iterations",)),
         "cs": (baselines.cs, ("iterations", "strength")),
     },
+    "pet": {
+        "fbp": (lambda y, operator, weights: operator.pinv(y), ()),
+        "mlem": (lambda y, operator, weights, **given: baselines.mlem(y, operator, **given), ("iterations",)),
+        "osem": (lambda y, operator, weights, **given: _osem(y, operator, **given), ("iterations", "subsets", "rdp")),
+    },
 }
 
 
+def _osem(y: Tensor, operator: LinearOperator, iterations: int = 2, subsets: int = 14, rdp: float = 0.0) -> Tensor:
+    """Ordered-subsets EM, with the relative difference prior in 3D where rdp is not 0."""
+    subsets = min(subsets, y.shape[0])
+    if rdp:
+        return baselines.osem_rdp(y, operator, rdp, iterations, subsets)
+    return baselines.osem(y, operator, iterations, subsets)
+
+
 def run(method: str, config: JobConfig, output: Path, options: dict[str, Any]) -> float:
-    """Reconstruct and write a volume (a magnitude for MRI); gives the seconds of the reconstruction.
+    """Reconstruct and write a volume (a magnitude for MRI, Bq/mL for PET); gives the seconds of the reconstruction.
 
     Raises:
         ConfigError: the method or an option of it does not exist, or it is for another kind of measurement.
         BadInput: the measurement cannot be used.
     """
-    names = [name for methods in _METHODS.values() for name in methods]
+    names = list(dict.fromkeys(name for methods in _METHODS.values() for name in methods))
     if method not in names:
         raise ConfigError(f"baseline {method!r}: there are {', '.join(names)}")
     for name in options:
@@ -56,5 +70,5 @@ def run(method: str, config: JobConfig, output: Path, options: dict[str, Any]) -
     start = time.perf_counter()
     volume = _METHODS[scan.modality][method][0](y, operator, weights=weights, **options)
     seconds = time.perf_counter() - start
-    scan.save(output, volume.cpu(), config.output)
+    scan.save(output, volume.cpu() if scan.modality != "pet" else scan.finish(volume).cpu(), config.output)
     return seconds

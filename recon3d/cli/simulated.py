@@ -1,8 +1,9 @@
-"""What `recon3d simulate` makes of a volume: a sinogram, or the k-space of several coils."""
+"""What `recon3d simulate` makes of a volume: a sinogram, the k-space of several coils, or the counts of a PET scan."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -96,3 +97,65 @@ def kspace(
     sampled = mask.expand(grid.slice_shape).contiguous()
     write_kspace_hdf5(output, KSpace(y, sampled, None, grid, None, covariance, "recon3d"))
     return f"{output}: {y.shape[0]} slices, {coils} coils, {int(mask.sum())} of {columns} columns"
+
+
+def counts(
+    volume: Path,
+    output: Path,
+    scanner: str,
+    rows: str | None = None,
+    seed: int = 0,
+    counts: float = 1e7,
+    mu: Path | None = None,
+    span: int = 1,
+    max_ring_difference: int | None = None,
+    mashing: int = 1,
+    tof: bool = False,
+    scatter_fraction: float = 0.2,
+    randoms_fraction: float = 0.2,
+    psf_fwhm_mm: float = 4.5,
+) -> str:
+    """Write a folder with prompts, factors, additive terms and the attenuation map; gives one line about it.
+
+    The volume's middle is put on the scanner's, its slices on the scanner's planes.
+    """
+    import torch
+
+    from recon3d.geometry import pet_geometry
+    from recon3d.io import PETData, PETInfo, read_mu_map, read_nifti, write_pet_folder
+    from recon3d.operators.attenuation import resample_volume
+    from recon3d.operators.simulate_pet import simulate_pet
+
+    activity, grid = slab(*read_nifti(volume), rows)
+    activity = activity.clamp_min(0)
+    lost, own = None, None
+    if mu is not None:
+        lost, own, _ = read_mu_map(mu)
+    try:
+        geometry = pet_geometry(scanner, span=span, max_ring_difference=max_ring_difference, mashing=mashing, tof=tof)
+        dz = geometry.scanner.ring_spacing_mm / 2
+        # all of the scanner's slices, so that the map says what lies beside the volume: nothing
+        place = _centred(VolumeGrid((2 * geometry.scanner.rings - 1, *grid.slice_shape), (dz, *grid.pixel_mm)), grid)
+        activity = resample_volume(activity, grid, place)
+        lost = None if lost is None or own is None else resample_volume(lost, own, place)
+        made = simulate_pet(
+            activity, place, geometry, mu_per_mm=lost, counts=counts, scatter_fraction=scatter_fraction,
+            randoms_fraction=randoms_fraction, psf_fwhm_mm=psf_fwhm_mm or None, seed=seed,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    factors = made.factors if geometry.tof is None else made.factors.unsqueeze(2).expand(geometry.shape).contiguous()
+    info = PETInfo(scale=made.scale, calibrated=True)
+    map_ = None if lost is None else (torch.as_tensor(lost), VolumeGrid(place.shape, place.spacing_mm))
+    write_pet_folder(output, PETData(made.prompts, geometry, factors, made.additive, mu=map_, info=info))
+    return f"{output}: {made.prompts.sum():.4g} prompts in {' x '.join(map(str, geometry.shape))} bins of {scanner}"
+
+
+def _centred(grid: VolumeGrid, like: VolumeGrid) -> VolumeGrid:
+    """A grid with the axes and the middle of another one."""
+    matrix = like.matrix()
+    middle = matrix @ [*((n - 1) / 2 for n in like.shape[::-1]), 1.0]
+    for k, (new, old) in enumerate(zip(grid.spacing_mm[::-1], like.spacing_mm[::-1], strict=True)):
+        matrix[:3, k] *= new / old
+    matrix[:3, 3] = middle[:3] - matrix[:3, :3] @ [(n - 1) / 2 for n in grid.shape[::-1]]
+    return replace(grid, affine=tuple(tuple(float(v) for v in row) for row in matrix))

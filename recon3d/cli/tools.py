@@ -10,7 +10,7 @@ import typer
 
 def add_to(app: typer.Typer) -> None:
     """Register the verbs."""
-    for verb in (demo, train, metrics, baseline, simulate):
+    for verb in (demo, train, metrics, baseline, osem, fbp, simulate):
         app.command()(verb)
 
 
@@ -86,29 +86,69 @@ def metrics(
 
 
 def baseline(
-    method: Annotated[str, typer.Argument(help="CT: fbp, sirt or tv; MRI: zero_filled, cg_sense or cs.")],
+    method: Annotated[
+        str,
+        typer.Argument(help="CT: fbp, sirt or tv; MRI: zero_filled, cg_sense or cs; PET: fbp, mlem or osem."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI volume to write.")],
-    input_: Annotated[Path | None, typer.Option("--input", "-i", help="Sinogram or k-space.")] = None,
+    input_: Annotated[Path | None, typer.Option("--input", "-i", help="Sinogram, k-space or counts.")] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="Job file; recipe and prior are ignored.")
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value, repeatable.")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Of sirt, tv, cg_sense and cs.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of sirt, tv, cg_sense and cs; passes of mlem, osem.")] = None,
     strength: Annotated[float | None, typer.Option(help="Of tv and cs, dimensionless.")] = None,
+    subsets: Annotated[int | None, typer.Option(help="Of osem, 14 unless given.")] = None,
+    rdp: Annotated[float | None, typer.Option(help="Of osem: relative difference prior in 3D, dimensionless.")] = None,
 ) -> None:
     """Reconstruct with a classical method, to compare with."""
+    given = {"iterations": iterations, "strength": strength, "subsets": subsets, "rdp": rdp}
+    _baseline(method, output, input_, config, set_, given)
+
+
+def osem(
+    output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI volume to write.")],
+    input_: Annotated[Path | None, typer.Option("--input", "-i", help="Counts: a file or a folder.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Job file.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value, repeatable.")] = None,
+    iterations: Annotated[int, typer.Option(help="Passes over all counts.")] = 2,
+    subsets: Annotated[int, typer.Option(help="Subsets of the views; 1 is MLEM.")] = 14,
+    rdp: Annotated[float, typer.Option(help="Weight of the relative difference prior in 3D; 0.01 to 0.3.")] = 0.0,
+) -> None:
+    """PET by ordered-subsets EM, with the relative difference prior where a weight is given."""
+    _baseline("osem", output, input_, config, set_, {"iterations": iterations, "subsets": subsets, "rdp": rdp})
+
+
+def fbp(
+    output: Annotated[Path, typer.Option("--output", "-o", help="NIfTI volume to write.")],
+    input_: Annotated[Path | None, typer.Option("--input", "-i", help="Sinogram or counts.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Job file.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value, repeatable.")] = None,
+) -> None:
+    """Filtered back projection, of PET after rebinning: for a look."""
+    _baseline("fbp", output, input_, config, set_, {})
+
+
+def _baseline(
+    method: str, output: Path, input_: Path | None, config: Path | None, set_: list[str] | None, options: dict[str, Any]
+) -> None:
     from recon3d.cli import classical
     from recon3d.config import load_config
 
     job = load_config(config, set_ or (), {} if input_ is None else {"input.path": str(input_)})
-    given: dict[str, Any] = {"iterations": iterations, "strength": strength}
-    seconds = classical.run(method, job, output, {k: v for k, v in given.items() if v is not None})
+    seconds = classical.run(method, job, output, {k: v for k, v in options.items() if v is not None})
     typer.echo(f"{output}: {method} in {seconds:.1f} s")
 
 
 def simulate(
-    volume: Annotated[Path, typer.Argument(help="NIfTI volume; in HU for a sinogram, a magnitude for k-space.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Measurement to write: .h5, a sinogram also .npz.")],
+    volume: Annotated[
+        Path,
+        typer.Argument(help="NIfTI volume: HU for a sinogram, a magnitude for k-space, activity for counts."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="Measurement to write: .h5, a sinogram also .npz; counts a folder."),
+    ],
     views: Annotated[int | None, typer.Option(help="CT: number of views, 60 by default.")] = None,
     photons: Annotated[
         float | None, typer.Option(help="CT: mean count of an unattenuated ray; without it no noise.")
@@ -128,10 +168,24 @@ def simulate(
         float | None,
         typer.Option(help="MRI: spread of a sample over the volume's 99.9th percentile, default 0."),
     ] = None,
+    scanner: Annotated[
+        str | None, typer.Option(help="PET: makes it counts of this scanner: mmr, mct, vision, signa, d690 or small.")
+    ] = None,
+    counts: Annotated[float | None, typer.Option(help="PET: expected prompts, 1e7 by default.")] = None,
+    mu: Annotated[Path | None, typer.Option(help="PET: attenuation map, NIfTI or Interfile.")] = None,
+    span: Annotated[int | None, typer.Option(help="PET: ring differences of a segment, default 1.")] = None,
+    max_ring_difference: Annotated[int | None, typer.Option(help="PET: default as many as fill segments.")] = None,
+    mashing: Annotated[int | None, typer.Option(help="PET: views that are added up, default 1.")] = None,
+    tof: Annotated[
+        bool | None, typer.Option("--tof/--no-tof", help="PET: time of flight, where the scanner has it.")
+    ] = None,
+    scatter_fraction: Annotated[float | None, typer.Option(help="PET: of true and scattered, default 0.2.")] = None,
+    randoms_fraction: Annotated[float | None, typer.Option(help="PET: of all prompts, default 0.2.")] = None,
+    psf_fwhm_mm: Annotated[float | None, typer.Option(help="PET: resolution of the scanner, default 4.5.")] = None,
     rows: Annotated[str | None, typer.Option(help="first:end, slices to take.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
 ) -> None:
-    """Make a noisy measurement of a volume: a sinogram on finer pixels, or k-space of several coils."""
+    """Make a noisy measurement of a volume: a sinogram on finer pixels, k-space of several coils, or counts."""
     from recon3d.cli import simulated
     from recon3d.config import ConfigError
 
@@ -140,10 +194,26 @@ def simulate(
         "range-deg": range_deg, "source-to-axis-mm": source_to_axis_mm,
         "source-to-detector-mm": source_to_detector_mm, "mu-water-per-mm": mu_water_per_mm,
     }  # fmt: skip
-    mri = {"acceleration": acceleration, "centre-fraction": centre_fraction, "noise": noise}
-    for name, value in (mri if coils is None else ct).items():
-        if value is not None:
-            raise ConfigError(f"--{name}: {'is for k-space, which --coils asks for' if coils is None else 'is for CT'}")
+    mri = {"coils": coils, "acceleration": acceleration, "centre-fraction": centre_fraction, "noise": noise}
+    pet: dict[str, Any] = {
+        "scanner": scanner, "counts": counts, "mu": mu, "span": span, "max-ring-difference": max_ring_difference,
+        "mashing": mashing, "tof": tof, "scatter-fraction": scatter_fraction, "randoms-fraction": randoms_fraction,
+        "psf-fwhm-mm": psf_fwhm_mm,
+    }  # fmt: skip
+    groups: dict[str, dict[str, Any]] = {
+        "is for CT": ct,
+        "is for k-space, which --coils asks for": mri,
+        "is for PET, which --scanner asks for": pet,
+    }
+    mine = pet if scanner is not None else mri if coils is not None else ct
+    for reason, group in groups.items():
+        for name, value in group.items():
+            if group is not mine and value is not None:
+                raise ConfigError(f"--{name}: {reason}")
+    if scanner is not None:
+        given = {name.replace("-", "_"): value for name, value in pet.items() if value is not None}
+        typer.echo(simulated.counts(volume, output, rows=rows, seed=seed, **given))
+        return
     if coils is not None:
         sampling = (acceleration or 1.0, 0.08 if centre_fraction is None else centre_fraction)
         typer.echo(simulated.kspace(volume, output, coils, *sampling, noise or 0.0, rows, seed))

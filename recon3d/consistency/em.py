@@ -175,7 +175,9 @@ class OrderedSubsets:
         anchor: weight w of the prior's estimate: "bayes" is value / sigma^2, the posterior's weight at level sigma in
             user units; "relative" is value mean(s) / value_scale, the same at every level; "growing" is that times
             (sigma_ref / sigma)^2; "absolute" is w. None leaves the estimate as start alone.
-        rdp: strength of the relative difference prior, beta / mean(s), a pure number.
+        rdp: strength of the relative difference prior.
+        rdp_rule: "relative" is beta / mean(s), "absolute" beta value_scale, both pure numbers; the second weighs R of
+            the image in units of value_scale against the log-likelihood, whatever the number of counts.
         value_scale: a typical activity, such as the prior's scale; the unit of epsilon and floor.
         gamma: of the relative difference prior.
         epsilon: of the relative difference prior, in units of value_scale.
@@ -195,6 +197,7 @@ class OrderedSubsets:
     subsets: int = 1
     anchor: Rho | None = None
     rdp: float = 0.0
+    rdp_rule: Literal["relative", "absolute"] = "relative"
     value_scale: float = 1.0
     gamma: float = 2.0
     epsilon: float = 1e-3
@@ -253,13 +256,13 @@ class OrderedSubsets:
         return x
 
     def _prior(self, y: Tensor, operator: LinearOperator, level: Level) -> _Prior:
-        mean = mean_sensitivity(operator, y, self.subsets) if self.rdp or self.anchor else 0.0
+        relative = self.rdp_rule == "relative"
+        mean = mean_sensitivity(operator, y, self.subsets) if (self.rdp and relative) or self.anchor else 0.0
         weight = self.anchor.at(level.sigma, lambda: mean / self.value_scale) if self.anchor else 0.0
         unit = self.value_scale
         spacing = _spacing(operator, self.spacing_mm)
-        return _Prior(
-            weight, self.rdp * mean, self.gamma, self.epsilon * unit, self.axes, spacing, self.form, self.floor * unit
-        )
+        beta = self.rdp * (mean if relative else 1 / unit)
+        return _Prior(weight, beta, self.gamma, self.epsilon * unit, self.axes, spacing, self.form, self.floor * unit)
 
     def _goal(self, y: Tensor, operator: LinearOperator, level: Level, state: MutableMapping[str, Tensor]) -> float:
         if "em_targets" not in state:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from recon3d import noise as keyed
-from recon3d.consistency import Conditional, Consistency, Gradient, Guidance, Identity, Projection, Rho, Solve
+from recon3d.consistency import (
+    Conditional,
+    Consistency,
+    Gradient,
+    Guidance,
+    Identity,
+    OrderedSubsets,
+    Projection,
+    Rho,
+    Solve,
+)
 from recon3d.engine.loop import Executor, InProcess, Job, Start
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
@@ -63,7 +73,7 @@ def assemble(
         prior=differentiable(prior) if guided else prior,
         trajectory=levels(recipe.trajectory, prior.scale),
         planes=Axial(depth),
-        consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed, hasattr(operator, "expected")),
+        consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed, operator),
         renoise=_renoise(recipe, prior.scale),
         noise=_noise(recipe, operator, spacing_mm, seed),
         start=Start(
@@ -95,13 +105,23 @@ def levels(section: TrajectorySection, scale: float) -> list[Level]:
 
 
 def _consistency(
-    recipe: Recipe, scale: float, spacing_mm: float, weights: Tensor | None, depth: int, seed: int, counts: bool
+    recipe: Recipe,
+    scale: float,
+    spacing_mm: float,
+    weights: Tensor | None,
+    depth: int,
+    seed: int,
+    operator: LinearOperator,
 ) -> Consistency | Guidance:
     c, r = recipe.consistency, recipe.regulariser
-    if c.kind == "em":
-        raise ValueError(f"recipe {recipe.name}: consistency em needs counts (PET)")
+    counts = hasattr(operator, "expected")
+    if counts != (c.kind in ("em", "gradient")) and c.kind not in ("none", "gradient"):
+        needs = "counts of a PET scan" if c.kind == "em" else "a Gaussian measurement; counts take em or gradient"
+        raise ValueError(f"recipe {recipe.name}: consistency {c.kind} needs {needs}")
     if c.kind == "gradient":
         return Gradient(c.strength, c.through, c.step, counts, weights, scale, c.subsets, c.on)
+    if c.kind == "em":
+        return _em(recipe, scale)
     if weights is None and (c.kind == "conditional" or (c.kind == "proximal_cg" and c.rho_rule == "bayes")):
         raise ValueError(
             f"recipe {recipe.name}: its data term weighs the measurement against the prior by their variances; give a "
@@ -132,6 +152,29 @@ def _consistency(
         c.finish,
         c.tolerance,
         c.precondition == "filter",
+    )
+
+
+def _em(recipe: Recipe, scale: float) -> OrderedSubsets:
+    c, r = recipe.consistency, recipe.regulariser
+    # the unit of an absolute weight is the network's, counts per squared network unit
+    value = c.rho / scale**2 if c.rho_rule == "absolute" else c.rho
+    anchor = Rho(c.rho_rule, value, c.sigma_ref * scale, c.prior_std * scale if c.prior_std else None)
+    return OrderedSubsets(
+        iterations=c.iterations,
+        subsets=c.subsets,
+        anchor=anchor if c.rho else None,
+        rdp=r.strength if r.kind == "rdp" else 0.0,
+        rdp_rule=r.rule,
+        value_scale=scale,
+        gamma=r.gamma,
+        epsilon=r.epsilon,
+        axes=r.axes,
+        form=c.form,
+        target=c.target,
+        levels=len(levels(recipe.trajectory, scale)),
+        passes=c.passes,
+        on=c.on,
     )
 
 

@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from recon3d.consistency import Consistency, Guidance, Visit, conjugate_gradients
+from recon3d.consistency import Consistency, Guidance, Visit, conjugate_gradients, ordered_subsets_em
+from recon3d.consistency.em import uniform_start
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
 from recon3d.planes import Planes, View
@@ -187,6 +188,9 @@ def start_image(start: Start, operator: LinearOperator, y: Tensor, offset: float
         return start.image.clone()
     if start.image == "pinv":
         return operator.pinv(y)
+    if start.image == "osem":
+        x = uniform_start(operator, y, start.subsets)
+        return ordered_subsets_em(x, y, operator, subsets=start.subsets, iterations=start.subsets * start.iterations)
     image = torch.full(operator.domain.shape, offset, dtype=y.dtype, device=y.device)
     if start.image == "offset":
         return image

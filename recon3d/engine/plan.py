@@ -9,6 +9,7 @@ projector calls; other work on the machine changes it.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,11 @@ from torch import Tensor
 from recon3d.config import ComputeConfig
 from recon3d.engine.executor import Executor, usable_cores
 from recon3d.engine.memory import available_bytes, peak_above, resident_bytes, trim
+from recon3d.priors.base import differentiable
 
 if TYPE_CHECKING:
     from recon3d.engine.problem import Problem
+    from recon3d.recipes.model import Recipe
 
 # volumes alive at once, see loop.py and consistency/solve.py: u and x0 while the prior runs; in the data term also x,
 # r, p and A^T A p; with the filter preconditioner its map, the outer residual, the filter's argument and answer
@@ -176,30 +179,40 @@ def _probe(
     problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, levels: int
 ) -> tuple[int, dict[str, float]]:
     """Bytes of activations with `flight` slices at once and, when `timed`, estimated seconds by part."""
-    scan, prior = problem.scan, problem.denoiser
+    scan, prior = problem.scan, differentiable(problem.denoiser)
+    recipe = problem.recipe.resolved()
+    guided = recipe.consistency.kind == "gradient" and recipe.consistency.through == "prior"
     nz, ny, nx = scan.grid.shape
     device, sigma = scan.device, prior.scale
     x = torch.full((flight, ny, nx), prior.offset, dtype=scan.dtype, device=device)
     views = list(range(flight))
+    cond = None if scan.guide is None else torch.zeros_like(x)
+
+    def visit(executor: Executor) -> None:
+        executor.denoise(prior, _Rows(), x, views, sigma, cond=cond)
+        if guided:
+            executor.pull(prior, _Rows(), x, views, sigma, x, cond=cond)
+
     with Executor(compute.batch_size, workers) as executor:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            executor.denoise(prior, _Rows(), x, views, sigma)
+            visit(executor)
             activations = torch.cuda.max_memory_allocated(device) - before
         else:
             with peak_above() as peak:
-                executor.denoise(prior, _Rows(), x, views, sigma)
+                visit(executor)
             activations = peak[0]
         network = executor.seconds / flight
         if timed:  # the first pass may have compiled or tuned
             executor.seconds = 0.0
-            executor.denoise(prior, _Rows(), x, views, sigma)
+            visit(executor)
             network = executor.seconds / flight
-    part = scan.slab(0, flight)
+    part, share = scan.sample(flight)
     operator, x = part.operator(), x.new_full((part.grid.shape), prior.offset)
     y = operator(x)
-    operator.pinv(y)  # the first call loads kernels and tables, which then count as the process's
+    with suppress(NotImplementedError):  # a part of the views has no direct inverse
+        operator.pinv(y)  # the first call loads kernels and tables, which then count as the process's
     operator.residual(x, y)
     operator.normal(x)
     if not timed:
@@ -208,9 +221,16 @@ def _probe(
     operator.normal(x)
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    projector = (time.perf_counter() - start) / x.shape[0]
-    calls = levels * (problem.recipe.resolved().consistency.iterations + 1)
-    return activations, {"network": network * nz * levels, "projector": projector * nz * calls}
+    whole = (time.perf_counter() - start) / share
+    return activations, {"network": network * nz * levels, "projector": whole * levels * _projections(recipe)}
+
+
+def _projections(recipe: Recipe) -> float:
+    """Times per level that the whole measurement is projected and back projected."""
+    c = recipe.consistency
+    if c.kind in ("em", "gradient"):
+        return (c.iterations if c.kind == "em" else 1) / c.subsets
+    return c.iterations + 1
 
 
 class _Rows:

@@ -83,6 +83,7 @@ class Problem:
             weights=None if weights is None else weights.to(scan.device),
             seed=self.seed,
             start_image=image,
+            cond=None if scan.guide is None else scan.guide.to(scan.device),
         )
 
     def prior_digest(self) -> str:

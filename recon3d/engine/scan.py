@@ -1,9 +1,9 @@
 """What a modality brings to the engine. Everything else there knows volumes, operators and priors only.
 
-A modality is one subclass of Scan, in a file of its own (scan_ct.py, scan_mri.py): the measurement with its noise, the
-operator and what can go wrong with them, a direct image to look at and to start from, the unit of the result, how it
-is written, and what the data term takes in memory. A second function there makes the scan of a job's config from
-what recon3d.io read.
+A modality is one subclass of Scan, in a file of its own (scan_ct.py, scan_mri.py, scan_pet.py): the measurement with
+its noise, the operator and what can go wrong with them, a direct image to look at and to start from, the unit of the
+result, how it is written, and what the data term takes in memory. A second function there makes the scan of a job's
+config from what recon3d.io read.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULTS", "Modality", "Pictures", "Scan", "choose_device", "load_scan", "modality_of"]
 
-Modality = Literal["ct", "mri"]
+Modality = Literal["ct", "mri", "pet"]
 
 # recipe and prior of a job that names none
-DEFAULTS: dict[Modality, tuple[str, str]] = {"ct": ("ct", "ct"), "mri": ("mri", "mr")}
+DEFAULTS: dict[Modality, tuple[str, str]] = {"ct": ("ct", "ct"), "mri": ("mri", "mr"), "pet": ("pet", "pet")}
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Scan(ABC):
         noise: how y scatters; None when it is not known.
         device: where the work is done.
         files: path to sha256 of what was read.
+        guide: a volume on the grid for a prior that takes a condition, an MR or CT image; None for all others.
     """
 
     modality: ClassVar[Modality]
@@ -66,6 +67,7 @@ class Scan(ABC):
     noise: NoiseModel | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     files: Mapping[str, str] = field(default_factory=dict)
+    guide: Tensor | None = None
 
     @abstractmethod
     def check(self) -> list[str]:
@@ -94,7 +96,8 @@ class Scan(ABC):
     def digests(self) -> dict[str, str]:
         """Digests of what goes in: measurement, scan and grid."""
         setting = json.dumps([*self._setting(), asdict(self.grid)], sort_keys=True)
-        return {"measurement": digest(self.y), "scan": hashlib.sha256(setting.encode()).hexdigest()}
+        found = {"measurement": digest(self.y), "scan": hashlib.sha256(setting.encode()).hexdigest()}
+        return found if self.guide is None else {**found, "guide": digest(self.guide)}
 
     @abstractmethod
     def _setting(self) -> list[Any]:
@@ -134,6 +137,15 @@ class Scan(ABC):
     @abstractmethod
     def work_bytes(self) -> dict[str, dict[str, int]]:
         """Bytes beyond whole volumes in the phases "data" and "start", by what they are for."""
+
+    def sample(self, slices: int) -> tuple[Scan, float]:
+        """A part small enough to time the operator on, and its share of the work."""
+        part = self.slab(0, slices)
+        return part, part.grid.shape[0] / self.grid.shape[0]
+
+    def data_fit(self, volume: Tensor) -> dict[str, Any] | None:
+        """How well a volume explains the measurement, with definitions; None for the weighted residual of api.py."""
+        return None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,7 +190,10 @@ def modality_of(path: str | Path) -> Modality:
     """
     from recon3d.io import describe
 
-    return "mri" if "coils" in describe(path) else "ct"
+    found = describe(path)
+    if "coils" in found:
+        return "mri"
+    return "pet" if "scanner" in found else "ct"
 
 
 def load_scan(config: JobConfig, events: Events) -> Scan:
@@ -188,9 +203,9 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
         BadInput: the measurement cannot be used.
         ConfigError: a setting does not fit it, or none is named.
     """
-    from recon3d.engine import scan_ct, scan_mri
+    from recon3d.engine import scan_ct, scan_mri, scan_pet
     from recon3d.engine.checkpoint import sha256_file
-    from recon3d.io import KSpace, read_measurement
+    from recon3d.io import KSpace, PETData, read_measurement
 
     if not config.input.path:
         raise ConfigError("no measurement is given; name a file with -i or input.path")
@@ -204,19 +219,28 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
     scan: Scan
     if isinstance(measured, KSpace):
         scan = scan_mri.load(config, measured, device, events)
+    elif isinstance(measured, PETData):
+        scan = scan_pet.load(config, measured, device, events)
     else:
         scan = scan_ct.load(config, measured, device, events)
-    return replace(scan, files={str(path): sha256_file(path)} if path.is_file() else {})
+    read = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
+    return replace(scan, files={str(file): sha256_file(file) for file in read})
 
 
 def refuse_foreign(config: JobConfig, modality: Modality) -> None:
     """Raise ConfigError when a job sets what has no meaning for its measurement."""
-    kinds = {"ct": "line integrals of a CT scan", "mri": "k-space of an MRI scan"}
+    kinds = {"ct": "line integrals of a CT scan", "mri": "k-space of an MRI scan", "pet": "counts of a PET scan"}
+    units: dict[Modality, tuple[str, ...]] = {"ct": ("hu", "per_mm"), "mri": (), "pet": ("bq_per_ml", "suv")}
     found = [f"input.{name}" for name in config.input.foreign(modality)]
     if modality == "mri":
         found += [f"grid.{name}" for name, value in config.grid if value is not None]
-        found += [f"output.{name}" for name in ("unit", "mu_water_per_mm") if getattr(config.output, name) is not None]
+    if config.output.unit is not None and config.output.unit not in units[modality]:
+        found.append("output.unit" if modality == "mri" else f"output.unit {config.output.unit}")
+    if modality != "ct":
+        found += ["output.mu_water_per_mm"] if config.output.mu_water_per_mm is not None else []
         found += ["noise.photons"] if config.noise.photons is not None else []
+    if modality == "pet":
+        found += ["noise.sigma"] if config.noise.sigma is not None else []
     if found:
         has, them = ("these have", "them") if len(found) > 1 else ("this has", "it")
         raise ConfigError(

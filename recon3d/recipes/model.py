@@ -104,9 +104,12 @@ class ConsistencySection(_Section):
         description="em: the maximum of a separable surrogate, which no weight makes diverge, or a preconditioned "
         "gradient step (published)",
     )
-    target: Literal["none", "likelihood"] = Field(
-        "none", description="em: at most `iterations` updates, until the likelihood is that of a matching MLEM iterate"
+    target: Literal["iterations", "likelihood"] = Field(
+        "iterations",
+        description="em: updates of a level; or groups of so many until the likelihood is that of plain EM at the same "
+        "part of its way",
     )
+    passes: int = Field(10, ge=1, description="em, target likelihood: passes over all counts of the plain EM")
     strength: float = Field(1.0, gt=0, description="gradient: step length, see step")
     through: Literal["prior", "state"] = Field(
         "prior", description="gradient: at the estimate and back through the prior, or at the noisy state"
@@ -130,8 +133,11 @@ class RegulariserSection(_Section):
         None, gt=0, description="tvz: threshold is per this distance; null: per slice, whatever the spacing"
     )
     boundary: Literal["neumann", "periodic"] = Field("neumann", description="periodic joins the last to the first")
-    strength: float = Field(1.0, ge=0, description="rdp: weight against the log-likelihood, network units")
-    gamma: float = Field(2.0, ge=0, description="rdp: larger keeps edges")
+    strength: float = Field(0.1, ge=0, description="rdp: weight, in the unit of rule")
+    rule: Literal["relative", "absolute"] = Field(
+        "relative", description="rdp: strength is of the mean of A^T 1, or of the log-likelihood in network units"
+    )
+    gamma: float = Field(2.0, ge=0, description="rdp: larger keeps edges; at least 1 with form surrogate")
     epsilon: float = Field(1e-3, gt=0, description="rdp: sums of activities below count as this, network units")
     axes: Literal["z", "zyx"] = Field("z", description="rdp: neighbours along z, or along all three axes")
 
