@@ -91,7 +91,7 @@ def run(quick: bool, device: str = "cpu") -> list[Row]:
 def whole_scanner(tof: TOF | None, quick: bool, few: bool = False) -> Case:
     """64 rings of the mMR, 127 x 128 x 128 voxels of 2.03 x 2.1 x 2.1 mm: all 4084 planes of some views."""
     views = VIEWS[:1] if quick or tof else VIEWS
-    scan = pet_geometry("mmr", max_ring_difference=5 if quick else 60).subset(views)
+    scan = pet_geometry("mmr", max_ring_difference=(2 if tof else 5) if quick else 60).subset(views)
     lines, segments = torch.from_numpy(scan.lines()), torch.from_numpy(scan.segments)
     words = f"mMR, {len(views)} of 252 views x 344 x {scan.n_planes} planes, 128 x 128 x 127"
     return _sinogram(
@@ -101,7 +101,7 @@ def whole_scanner(tof: TOF | None, quick: bool, few: bool = False) -> Case:
 
 def small_scanner(tof: TOF | None, quick: bool, few: bool = False) -> Case:
     """32 rings of 5 mm on a cylinder of 300 mm, ring differences up to 8, 63 x 128 x 128 voxels of 2.5 mm, 120 bins."""
-    rings, most, pitch, views = 32, 8, 5.0, 4 if quick else 12
+    rings, most, pitch, views = 32, 8, 5.0, (2 if tof else 4) if quick else 12
     radial = (np.arange(120) - 59.5) * 2.5
     phi = (np.arange(views) + (0.5 if views == 12 else 0.3)) * np.pi / views  # none at 45 degrees
     cos, sin, half = np.cos(phi)[:, None], np.sin(phi)[:, None], np.sqrt(300.0**2 - radial**2)
