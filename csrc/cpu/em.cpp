@@ -52,9 +52,8 @@ struct Run {  // a run of voxels in one row
 
 // kPairs: 0 without the prior, 2 along z, 6 in 3D
 template <int kPairs, bool kSurrogate, class T>
-inline __attribute__((always_inline)) void update_run(const Run<T>& r, int64_t n, T w, T beta, T gamma, T epsilon,
-                                                      T floor) {
-  T* RECON3D_RESTRICT out = r.out;
+inline __attribute__((always_inline)) void update_run(const Run<T>& r, T* RECON3D_RESTRICT out, int64_t n, T w, T beta,
+                                                      T gamma, T epsilon, T floor) {
   for (int64_t j = 0; j < n; ++j) {
     const T old = r.x[j], x = old < 0 ? T(0) : old, s = r.sensitivity[j], back = r.back[j], a = r.anchor[j];
     T slope = 0, curvature = 0;
@@ -62,14 +61,16 @@ inline __attribute__((always_inline)) void update_run(const Run<T>& r, int64_t n
       const T b = r.near.at[m][j];
       rdp_pair(x, b < 0 ? T(0) : b, r.near.weight[m], gamma, epsilon, slope, curvature);
     }
-    slope *= beta;
+    if (kPairs) slope *= beta;
     T value;
     if (kSurrogate) {
       // q v^2 + p v - c = 0, divided by a size that keeps the three from overflowing
-      T q = w + beta * curvature;
+      if (kPairs) curvature *= beta;
+      T q = kPairs ? w + curvature : w;
       const T large = std::fabs(a) > x ? std::fabs(a) : x;
       const T size = 1 / (s + q * large);
-      const T p = (s + slope - w * a - beta * curvature * x) * size;
+      const T pull = kPairs ? w * a + curvature * x - slope : w * a;
+      const T p = (s - pull) * size;
       const T c = x * back * size;
       q *= size;
       const T root = std::sqrt(p * p + 4 * q * c);
@@ -88,11 +89,11 @@ template <bool kSurrogate, class T>
 inline __attribute__((always_inline)) void update_any(int pairs, const Run<T>& r, int64_t n, T w, T beta, T gamma,
                                                       T epsilon, T floor) {
   if (pairs == 0)
-    update_run<0, kSurrogate>(r, n, w, beta, gamma, epsilon, floor);
+    update_run<0, kSurrogate>(r, r.out, n, w, beta, gamma, epsilon, floor);
   else if (pairs == 2)
-    update_run<2, kSurrogate>(r, n, w, beta, gamma, epsilon, floor);
+    update_run<2, kSurrogate>(r, r.out, n, w, beta, gamma, epsilon, floor);
   else
-    update_run<6, kSurrogate>(r, n, w, beta, gamma, epsilon, floor);
+    update_run<6, kSurrogate>(r, r.out, n, w, beta, gamma, epsilon, floor);
 }
 
 RECON3D_CLONES void update(int pairs, const EmTerms<float>& t, const Run<float>& r, int64_t n) {
