@@ -324,7 +324,8 @@ class _Part:
         a: Any = self.operator
         additive = self._additive(y)
         if hasattr(a, "project") and hasattr(a, "back_project"):
-            out: Tensor = a.back_project(ops.poisson_ratio(y, a.project(x), a.factors, additive, a.scale))
+            factors = None if a.factors is None else a.factors.to(y)
+            out: Tensor = a.back_project(ops.poisson_ratio(y, a.project(x), factors, additive, a.scale))
             return out
         out = a.adjoint(ops.poisson_ratio(y, a(x), None, additive))
         return out

@@ -130,8 +130,8 @@ class _Emission(LinearOperator):
     def _back_project(self, y: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """scale * factors * P G x: expected true coincidences of x [..., z, y, x] in Bq/mL."""
+    def project(self, x: Tensor) -> Tensor:
+        """P G x alone, without scale and factors, which EM weighs in together with the counts."""
         if tuple(x.shape[-3:]) != self.grid.shape:
             raise ValueError(
                 f"{type(self).__name__}: the volume must end in {self.grid.shape}, got {tuple(x.shape)}; resample it "
@@ -139,16 +139,24 @@ class _Emission(LinearOperator):
             )
         if self._sigma is not None:
             x = ops.gaussian_blur(x, self._sigma)
-        return self._weighted(self._project(x))
+        return self._project(x)
 
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Transpose of forward: counts to [..., z, y, x]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """scale * factors * P G x: expected true coincidences of x [..., z, y, x] in Bq/mL."""
+        return self._weighted(self.project(x))
+
+    def back_project(self, y: Tensor) -> Tensor:
+        """Transpose of project."""
         if tuple(y.shape[-len(self.range.shape) :]) != self.range.shape:
             raise ValueError(
                 f"{type(self).__name__}: the measurement must end in {self.range.shape}, got {tuple(y.shape)}"
             )
-        x = self._back_project(self._weighted(y.clone() if not y.requires_grad and self._weighs else y))
+        x = self._back_project(y)
         return x if self._sigma is None else ops.gaussian_blur(x, self._sigma)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Transpose of forward: counts to [..., z, y, x]."""
+        return self.back_project(self._weighted(y.clone() if not y.requires_grad and self._weighs else y))
 
     def expected(self, x: Tensor) -> Tensor:
         """Expected counts: forward(x) + additive."""
