@@ -2,6 +2,7 @@
 
 #include "bind.h"
 #include "cpu/joseph3d_sinogram.h"
+#include "cpu/lane_plan.h"  // wish_large_pages
 
 namespace recon3d {
 namespace {
@@ -65,8 +66,10 @@ Tensor joseph3d_sinogram(const Tensor& x, const Tensor& lines, const Tensor& seg
   shape.push_back(planes);
   Tensor y = torch::stable::new_empty(x, shape);
   if (y.numel()) {
-    RECON3D_REAL(x, "joseph3d_sinogram",
-                 { joseph3d_sinogram_cpu(in<scalar_t>(xc), out<scalar_t>(y), volumes, s, ranges()); })
+    RECON3D_REAL(x, "joseph3d_sinogram", {
+      wish_large_pages(out<scalar_t>(y), y.numel() * sizeof(scalar_t));
+      joseph3d_sinogram_cpu(in<scalar_t>(xc), out<scalar_t>(y), volumes, s, ranges());
+    })
   }
   return y;
 }

@@ -485,10 +485,116 @@ RECON3D_INLINE void unblend(const Columns<T>& c, const T* from, T w, T* a, T* b)
   }
 }
 
+// The planes of some pieces in memory, zeros around them, and what a block of crossings gives of them to the columns:
+// two runs, which stand alone in rows 0 and 1 of the scratch (step 2: even and odd z; step 1: lower and upper voxel).
+constexpr int kTogether = 16;
+template <class T>
+struct alignas(64) Shelf {
+  static constexpr int kTile = kMostRows * Lanes<T>::W;  // elements of a column that are summed in registers
+  static constexpr int kFront = kTile + Lanes<T>::W, kLength = kFront + 2 * kTile + Lanes<T>::W;
+  struct alignas(64) Runs {
+    T weight[2][kBlock];
+    int32_t start[2][kBlock];
+    int32_t count;
+  };
+  T planes[kTogether][kLength];
+  Runs runs[kTogether];
+};
+
+template <class T, bool TWO>
+static void shelve(const Columns<T>& c, const SinogramPiece& piece, T mm, const T* y, const Taps<T>& s, T* planes,
+                   typename Shelf<T>::Runs& runs) {
+  constexpr int W = Lanes<T>::W, tile = Shelf<T>::kTile;
+  for (int v = 0; v < tile; v += W) {
+    const int rest = piece.count - v;
+    store(planes + Shelf<T>::kFront + v, rest <= 0 ? splat(T(0)) : load_part(y + v, rest < W ? rest : W));
+  }
+  runs.count = piece.count;
+  const T part = static_cast<T>(piece.part), tilt = static_cast<T>(piece.tilt);
+  const int32_t low = piece.low, lowest = c.lowest, highest = c.highest;
+  for (int j = 0; j < kBlock; ++j) {  // as in set_taps
+    const T at = s.t[j] * tilt + part;
+    int32_t whole = static_cast<int32_t>(at);
+    whole -= at < static_cast<T>(whole);
+    const T high = (at - static_cast<T>(whole)) * mm, rest = mm - high;
+    int32_t z = whole + low;
+    z = z < lowest ? lowest : z;
+    z = z > highest ? highest : z;
+    const int32_t odd = TWO ? z & 1 : 0, q = TWO ? z >> 1 : z;
+    runs.start[0][j] = q + odd;
+    runs.start[1][j] = TWO ? q : q + 1;
+    runs.weight[0][j] = odd ? high : rest;
+    runs.weight[1][j] = odd ? rest : high;
+  }
+}
+
+// Adds `pieces` of the shelf to elements [first, first + REGISTERS W) of the columns.
+template <class T, int REGISTERS>
+static void sum_shelf(const Columns<T>& c, const Shelf<T>& shelf, int pieces, int first, bool all, int used,
+                      T* columns) {
+  constexpr int W = Lanes<T>::W, tile = Shelf<T>::kTile;
+  for (int j = 0; j < used; ++j) {
+    T *p = columns + j * c.line + c.left + first, *q = p + c.phase;
+    typename Lanes<T>::Vec one[REGISTERS], two[REGISTERS];
+    for (int v = 0; v < REGISTERS; ++v) {
+      one[v] = load(p + v * W);
+      two[v] = load(q + v * W);
+    }
+    for (int k = 0; k < pieces; ++k) {
+      const typename Shelf<T>::Runs& r = shelf.runs[k];
+      const int a = first - r.start[0][j], b = first - r.start[1][j];
+      if (!all && (a < -tile || a > r.count)) continue;  // b is one off at most
+      const T *from = shelf.planes[k] + shelf.kFront + a, *other = shelf.planes[k] + shelf.kFront + b;
+      const typename Lanes<T>::Vec wa = splat(r.weight[0][j]), wb = splat(r.weight[1][j]);
+      for (int v = 0; v < REGISTERS; ++v) {
+        one[v] = wa * load(from + v * W) + one[v];
+        two[v] = wb * load(other + v * W) + two[v];
+      }
+    }
+    for (int v = 0; v < REGISTERS; ++v) {
+      store(p + v * W, one[v]);
+      store(q + v * W, two[v]);
+    }
+  }
+}
+
+// The transpose of all pieces over a block without time of flight, for steps 1 and 2: scattering them one by one would
+// read what was just written at another shift, which the processor has to wait for.
+template <class T>
+static void gather_pieces(const SinogramGroup& group, const Columns<T>& c, const T* mm, int used, Taps<T>& s,
+                          Shelf<T>& shelf, T* columns, const T* y) {
+  constexpr int W = Lanes<T>::W, tile = Shelf<T>::kTile;
+  for (int j = used; j < kBlock; ++j) s.t[j] = s.t[used - 1];
+  for (int64_t g = 0; g < group.count; g += kTogether) {
+    const int n = static_cast<int>(group.count - g < kTogether ? group.count - g : kTogether);
+    for (int k = 0; k < n; ++k)
+      (c.step == 2 ? shelve<T, true> : shelve<T, false>)(c, group.pieces[g + k], mm[g + k],
+                                                         y + group.pieces[g + k].plane, s, shelf.planes[k],
+                                                         shelf.runs[k]);
+    for (int first = 0; first < c.run; first += tile) {
+      const bool all = c.run <= tile;
+      switch ((c.run - first + W - 1) / W) {
+        case 1:
+          sum_shelf<T, 1>(c, shelf, n, first, all, used, columns);
+          break;
+        case 2:
+          sum_shelf<T, 2>(c, shelf, n, first, all, used, columns);
+          break;
+        case 3:
+          sum_shelf<T, 3>(c, shelf, n, first, all, used, columns);
+          break;
+        default:
+          sum_shelf<T, 4>(c, shelf, n, first, all, used, columns);
+      }
+    }
+  }
+}
+
 // Lines of one axis into planes of voxels [begin, end) of that axis.
 template <class T>
 static void adjoint_planes(const SinogramPlan<T>& plan, const SinogramGroup& group, const Columns<T>& c, int axis,
-                           const uint8_t* filled, const T* y, T* volume, int64_t begin, int64_t end, T* work) {
+                           const uint8_t* filled, const T* y, T* volume, int64_t begin, int64_t end, T* work,
+                           Shelf<T>* shelf) {
   const RayGrid& g = plan.grid;
   T *mm = work, *columns = work + (group.count + 15) / 16 * 16;
   const ptrdiff_t n = g.n[3 - axis], across = axis == 1 ? c.pixel : c.row, along = axis == 1 ? c.row : c.pixel;
@@ -515,10 +621,13 @@ static void adjoint_planes(const SinogramPlan<T>& plan, const SinogramGroup& gro
     set_lengths(group, line, mm);
     const int64_t whole = begin / kBlock * kBlock, low = line.first > whole ? line.first : whole,
                   high = line.last < whole + kBlock - 1 ? line.last : whole + kBlock - 1;
-    all_pieces<T, true>(plan, group, c, mm, static_cast<T>(line.length / line.step),
-                        static_cast<T>(line.t + line.dt * static_cast<double>(low)),
-                        static_cast<T>(line.t + line.dt * static_cast<double>(high)), used, s, columns,
-                        y + l * plan.row());
+    if (shelf)
+      gather_pieces(group, c, mm, used, s, *shelf, columns, y + l * plan.row());
+    else
+      all_pieces<T, true>(plan, group, c, mm, static_cast<T>(line.length / line.step),
+                          static_cast<T>(line.t + line.dt * static_cast<double>(low)),
+                          static_cast<T>(line.t + line.dt * static_cast<double>(high)), used, s, columns,
+                          y + l * plan.row());
     for (int i = 0; i < used; ++i) {
       T* column = volume + plane[i] * along + cell[i] * across;
       unblend(c, columns + i * c.line + c.left, weight[i], cell[i] >= 0 && cell[i] < n ? column : nullptr,
@@ -576,13 +685,16 @@ static void sinogram_adjoint(const SinogramPlan<T>& plan, const T* y, T* x, cons
       const int64_t size = fair > kBlock / 2 ? kBlock : fair > kBlock / 4 ? kBlock / 2 : kBlock / 4;
       WorkQueue queue((g.n[axis] + size - 1) / size);
       run_ranges(run, run.threads, [&](int64_t, int64_t) {
-        const size_t elements = (group.count + 15) / 16 * 16 + kBlock * c.line;
-        const Scratch scratch(sizeof(T) * elements);
+        const size_t bytes = sizeof(T) * ((group.count + 15) / 16 * 16 + kBlock * c.line);
+        const Scratch scratch(bytes + sizeof(Shelf<T>));
+        std::memset(scratch.get(), 0, bytes + sizeof(Shelf<T>));
         T* work = static_cast<T*>(scratch.get());
-        std::memset(work, 0, sizeof(T) * elements);
+        Shelf<T>* shelf = !plan.tof.bins && c.step <= 2
+                              ? reinterpret_cast<Shelf<T>*>(static_cast<char*>(scratch.get()) + bytes)
+                              : nullptr;
         for (int64_t i = queue.take(); i >= 0; i = queue.take())
           adjoint_planes(plan, group, c, axis, filled, y, columns, i * size,
-                         (i + 1) * size < g.n[axis] ? (i + 1) * size : g.n[axis], work);
+                         (i + 1) * size < g.n[axis] ? (i + 1) * size : g.n[axis], work, shelf);
       });
     }
     run_ranges(run, g.n[1], [&](int64_t b, int64_t e) { unpack_rows(c, g, columns, n > 0, x, b, e); });
