@@ -89,9 +89,9 @@ def run(quick: bool, device: str = "cpu") -> list[Row]:
 
 
 def whole_scanner(tof: TOF | None, quick: bool, few: bool = False) -> Case:
-    """64 rings of the mMR, 127 x 128 x 128 voxels of 2.03 x 2.1 x 2.1 mm: all 4084 planes of some views."""
+    """64 rings of the mMR, 127 x 128 x 128 voxels of 2.03 x 2.1 x 2.1 mm: all planes of some views, 344 bins each."""
     views = VIEWS[:1] if quick or tof else VIEWS
-    scan = pet_geometry("mmr", max_ring_difference=(2 if tof else 5) if quick else 60).subset(views)
+    scan = pet_geometry("mmr", max_ring_difference=2 if quick and tof else 60).subset(views)
     lines, segments = torch.from_numpy(scan.lines()), torch.from_numpy(scan.segments)
     words = f"mMR, {len(views)} of 252 views x 344 x {scan.n_planes} planes, 128 x 128 x 127"
     return _sinogram(

@@ -65,7 +65,7 @@ def joseph3d(
         ValueError: a shape or size that does not fit, a point that is not finite, a pair or bin out of range.
         TypeError: x is neither float32 nor float64, or points, pairs or tof_bins are of the wrong kind.
 
-    Kernels: torch (any device), C++ (CPU). A line's value depends neither on the other lines nor on threads.
+    Kernels: torch (any device), C++ (CPU), CUDA. A line's value depends neither on the other lines nor on threads.
 
     >>> ends = torch.tensor([[0.0, -9.0, 0.0], [0.0, 9.0, 0.0]], dtype=torch.float64)
     >>> joseph3d(torch.ones(3, 4, 3), ends, torch.tensor([[0, 1]]), (1.0, 0.5, 1.0)).tolist()
@@ -108,7 +108,8 @@ def joseph3d_adjoint(
         ValueError: a shape or size that does not fit, a point that is not finite, a pair or bin out of range.
         TypeError: y is neither float32 nor float64, or points, pairs or tof_bins are of the wrong kind.
 
-    Kernels: torch (any device), C++ (CPU). The result does not depend on threads; nothing is added atomically.
+    Kernels: torch (any device), C++ (CPU), CUDA. The result does not depend on threads: nothing is added atomically on
+    the CPU, and integers are on CUDA.
 
     >>> ends = torch.tensor([[0.0, -9.0, 0.0], [0.0, 9.0, 0.0]], dtype=torch.float64)
     >>> joseph3d_adjoint(torch.tensor([3.0]), ends, torch.tensor([[0, 1]]), (1, 2, 3), (1.0, 0.5, 1.0)).tolist()

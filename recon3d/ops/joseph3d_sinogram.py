@@ -69,7 +69,7 @@ def joseph3d_sinogram(
             a plane distance that is no whole number of voxels.
         TypeError: x is neither float32 nor float64, or lines or segments are not float64.
 
-    Kernels: torch (any device), C++ (CPU). A line's values depend neither on the other lines nor on threads.
+    Kernels: torch (any device), C++ (CPU), CUDA. A line's values depend neither on the other lines nor on threads.
 
     >>> line = torch.tensor([[-9.0, 0.0, 9.0, 0.0]], dtype=torch.float64)
     >>> direct = torch.tensor([[-1.0, 0.0, 1.0, 3.0]], dtype=torch.float64)
@@ -114,7 +114,7 @@ def joseph3d_sinogram_adjoint(
             a plane distance that is no whole number of voxels.
         TypeError: y is neither float32 nor float64, or lines or segments are not float64.
 
-    Kernels: torch (any device), C++ (CPU). The result does not depend on threads; nothing is added atomically.
+    Kernels: torch (any device), C++ (CPU), CUDA. The result does not depend on threads; nothing is added atomically.
 
     >>> line = torch.tensor([[-9.0, 0.0, 9.0, 0.0]], dtype=torch.float64)
     >>> direct = torch.tensor([[-0.5, 0.0, 1.0, 2.0]], dtype=torch.float64)
