@@ -208,6 +208,11 @@ def test_template_and_data_that_disagree(data, tmp_path):
         (r"^(name of data file) := p.s", r"\1 := ../p.s", "own folder"),
         (r"^(name of data file) := p.s", r"\1 := q.s", "not there"),
         (r"number of time frames := 1", "number of time frames := 2", "time frames"),
+        (
+            r"^(Scanner type := small)",
+            r"\1\nScanner geometry (BlocksOnCylindrical/Cylindrical/Generic) := Generic",
+            "on a cyl",
+        ),
         (r"image duration (.*):= 60.5", r"image duration \1:= soon", "finite number"),
     ],
 )

@@ -25,6 +25,7 @@ from recon3d.io import (
 from recon3d.io.nifti import read_nifti_header
 
 pydicom = pytest.importorskip("pydicom")
+pytestmark = pytest.mark.filterwarnings("ignore:Invalid value for VR")
 
 
 @pytest.fixture

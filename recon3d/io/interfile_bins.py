@@ -244,6 +244,11 @@ def scanner_of(header: InterfileHeader, notes: list[str], n_radial: int = 0) -> 
         BadInput: a number contradicts the scanner named, or is missing for one that is not known.
     """
     path = header.path
+    layout = (header.text("scanner geometry (blocksoncylindrical/cylindrical/generic)") or "cylindrical").lower()
+    if layout not in ("cylindrical", "blocksoncylindrical"):
+        raise BadInput(path, f"has a scanner geometry {layout[:40]!r}", "crystals on a cylinder are read")
+    if layout != "cylindrical":
+        notes.append("flat blocks are taken as bent onto the cylinder")
     said = [header.text("originating system"), header.text("scanner type")]
     preset = next((_NAMES[name.lower()] for name in said if name and name.lower() in _NAMES), None)
     rings = header.whole("number of rings", low=1, high=4096)

@@ -205,7 +205,7 @@ class PETData:
         """Prompt coincidences."""
         if self.prompts.numel() == 0 and self.events is not None:
             return int(self.events.prompt.sum())
-        return round(float(self.prompts.sum(dtype=torch.float64)))
+        return round(total(self.prompts))
 
     def histogram(self, geometry: PETGeometry) -> PETData:
         """Its events sorted into the bins of a geometry.
@@ -233,8 +233,13 @@ class PETData:
             "calibrated": self.info.calibrated,
         }
         if self.delayed is not None:
-            found["delayed"] = round(float(self.delayed.sum(dtype=torch.float64)))
+            found["delayed"] = round(total(self.delayed))
         return {key: value for key, value in found.items() if value is not None}
+
+
+def total(values: Tensor) -> float:
+    """Sum in float64, view by view: torch would make a float64 copy of all of it."""
+    return math.fsum(float(view.sum(dtype=torch.float64)) for view in values)
 
 
 def patient_grid(grid: VolumeGrid, position: str) -> VolumeGrid:

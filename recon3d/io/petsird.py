@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from recon3d.geometry.pet import TOF, Events, PETGeometry, PETScanner
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, as_bad_input, check_array, check_file
-from recon3d.io.pet import PETData, PETInfo, PETOptions, sinogram_for
+from recon3d.io.pet import PETData, PETInfo, PETOptions, sinogram_for, total
 
 __all__ = ["describe_petsird", "is_petsird", "read_petsird"]
 
@@ -81,7 +81,7 @@ def read_petsird(
         check_array(path, "its sinogram", (2, *geometry.shape), 4, 1 << 62, False, limits)
         prompts, counted = events.histogram(geometry)
         delayed = counted if bool((~events.prompt).any()) else None
-        outside = int(events.prompt.sum()) - round(float(prompts.sum(dtype=torch.float64)))
+        outside = int(events.prompt.sum()) - round(total(prompts))
         if outside:
             notes.append(f"{outside} prompts lie outside the sinogram")
     info = PETInfo(duration_s=duration or None, start_s=start, **_exam(head.get("exam")))
