@@ -1,4 +1,4 @@
-"""The demonstration: real jobs from start to end, each beside its classical rivals; the MRI ones are in demo_mri.py.
+"""The demonstration: jobs from start to end beside their classical rivals; see demo_mri.py and demo_pet.py for those.
 
 The chest is a real scan that ships with the package and that no packaged prior was trained on; its sparse, noisy
 sinogram is simulated on a finer grid than any reconstruction uses. Files of measured projections are cut to a few of
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recon3d import baselines, demo_mri
+from recon3d import baselines, demo_mri, demo_pet
 from recon3d.api import reconstruct
 from recon3d.engine.events import Listener
 from recon3d.engine.scan import modality_of
@@ -84,22 +84,25 @@ class DemoJob:
 
 
 def run(output: Path, files: list[Path], say: Say, listener: Listener, quick: bool = False) -> dict[str, Any]:
-    """Run chest, brain and one job per measured file; one folder each below `output`, and a summary beside them.
+    """Run chest, brain, body and one job per measured file; one folder each below `output`, and a summary beside them.
 
     Args:
         output: folder of all jobs.
         files: files of measured projections or k-space, any format `read_measurement` reads.
         say: called with a line or a table for the user.
         listener: called with the events of the reconstructions.
-        quick: a slab of the chest, and one acceleration of the brain.
+        quick: a slab of the chest, one acceleration of the brain, coarse pixels of the body.
 
     Returns:
         The figures by job and method, as written to summary.json.
     """
     started = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
-    makers: list[Callable[[], DemoJob | demo_mri.KSpaceJob]] = [lambda: chest(slices=8 if quick else None)]
+    makers: list[Callable[[], DemoJob | demo_mri.KSpaceJob | demo_pet.CountsJob]] = [
+        lambda: chest(slices=8 if quick else None)
+    ]
     makers += [lambda a=a: demo_mri.brain(a) for a in ((4,) if quick else (4, 8))]  # type: ignore[misc]
+    makers += [lambda: demo_pet.body(pixels=40 if quick else 64)]
     makers += [lambda path=path: measured(path) for path in files]  # type: ignore[misc]
     summary: dict[str, Any] = {}
     for make in makers:
@@ -107,6 +110,8 @@ def run(output: Path, files: list[Path], say: Say, listener: Listener, quick: bo
         say(f"{job.name}: {job.title}")
         if isinstance(job, DemoJob):
             summary[job.name] = run_one(job, output / job.name, say, listener)
+        elif isinstance(job, demo_pet.CountsJob):
+            summary[job.name] = demo_pet.run_one(job, output / job.name, say, listener)
         else:
             summary[job.name] = demo_mri.run_one(job, output / job.name, say, listener)
         say(f"  {job.name}: {time.perf_counter() - before:.0f} s")
@@ -149,8 +154,11 @@ def chest(views: int = 40, photons: float = 5e4, seed: int = 0, slices: int | No
 def measured(path: Path) -> DemoJob | demo_mri.KSpaceJob:
     """A file of measurements, cut to a part: projections to a sixth (parallel beam) or a twelfth (fan beam) of their
     views, trajectories to a sixth of their spokes, Cartesian k-space to a quarter of its columns."""
-    if modality_of(path) == "mri":
+    modality = modality_of(path)
+    if modality == "mri":
         return demo_mri.measured(path)
+    if modality == "pet":
+        raise ValueError(f"{path}: no part of measured counts is a reference; reconstruct them with recon3d recon")
     full = read_projections(path, **_KNOWN.get(path.name, {}))
     fan = isinstance(full.geometry, FanBeam)
     step = 12 if fan else 6

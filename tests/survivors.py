@@ -1,7 +1,7 @@
 """Jobs that are killed. Runs in a process of its own: it imports torch once and forks each attempt, before any thread
 exists, so an attempt costs milliseconds instead of an import.
 
-    python tests/survivors.py kills FOLDER [COUNT ct|mri]   -> JSON on stdout
+    python tests/survivors.py kills FOLDER [COUNT ct|mri|pet]   -> JSON on stdout
     python tests/survivors.py signals FOLDER
     python tests/survivors.py memory FOLDER RECIPE
 """
@@ -21,6 +21,7 @@ import h5py  # noqa: F401 - imported here, or every child would
 import nibabel  # noqa: F401
 import torch
 from mri_jobs import mri_reconstruction
+from pet_jobs import pet_reconstruction
 
 import recon3d.metrics  # noqa: F401
 from recon3d.api import reconstruct
@@ -88,7 +89,7 @@ def finish(pid):
 
 def attempt(folder, job="ct"):
     def work():
-        run = {"ct": reconstruction, "mri": mri_reconstruction}[job]
+        run = {"ct": reconstruction, "mri": mri_reconstruction, "pet": pet_reconstruction}[job]
         # one thread: on a busy machine two wait for each other more than they compute
         torch.set_num_threads(1)
         run(folder, workers=1, schedule=Schedule(every_levels=1), output=OutputConfig(preview=False))

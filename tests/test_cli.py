@@ -47,7 +47,7 @@ def test_help_comes_at_once_and_without_torch():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
-    for verb in ("recon", "resume", "plan", "info", "demo", "train", "metrics", "baseline", "simulate"):
+    for verb in ("recon", "resume", "plan", "info", "demo", "train", "metrics", "baseline", "osem", "fbp", "simulate"):
         assert re.search(rf"\b{verb}\b", done.stdout), verb
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime < 1  # processor time: the machine may be busy

@@ -48,6 +48,13 @@ def test_kills_of_a_complex_job_change_nothing(tmp_path, count):
     assert told["kills"] >= count and max(told["attempts"]) >= 2, told
 
 
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_of_a_job_on_counts_change_nothing(tmp_path, count):
+    """The subset that comes next is part of the state."""
+    told = scenario("kills", tmp_path, str(count), "pet")
+    assert told["kills"] >= count and max(told["attempts"]) >= 2, told
+
+
 def test_signals_save_and_end_with_130(tmp_path):
     told = scenario("signals", tmp_path)
     assert told["codes"] == [130, 130]

@@ -20,11 +20,11 @@ def demo(
         list[Path] | None, typer.Option("--measured", help="File of measured projections or k-space.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A few slices of the chest, one acceleration of the brain.")
+        bool, typer.Option("--quick", help="A few slices of the chest, one acceleration of the brain, a coarse body.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Reconstruct a chest from few noisy views, a brain from undersampled k-space, and measured files."""
+    """Reconstruct a chest from few views, a brain from undersampled k-space, a body from counts, and measured files."""
     import warnings
 
     from recon3d import demo as jobs
