@@ -148,8 +148,8 @@ def test_the_likelihood_schedule_meets_its_targets():
     from recon3d.consistency.em import uniform_start
 
     operator, _, y = counting()
-    small = {"trajectory.levels": 6, "consistency.subsets": SUBSETS, "start.subsets": SUBSETS, "regulariser.kind": "none",
-             "consistency.passes": 3}  # fmt: skip
+    small = {"trajectory.levels": 6, "consistency.subsets": SUBSETS, "start.subsets": SUBSETS}
+    small |= {"regulariser.kind": "none", "consistency.passes": 3}
     job = assemble(load_recipe("pet_ls", small), operator, y, oracle(), seed=SEED)
     state, reached = begin(job), []
     step = job.consistency.step
