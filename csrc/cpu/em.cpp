@@ -111,14 +111,17 @@ RECON3D_CLONES void update(int pairs, const EmTerms<double>& t, const Run<double
 }  // namespace
 
 template <class T>
-void poisson_ratio_cpu(const T* y, const T* p, const T* factors, const T* additive, T* out, T scale,
-                       const Repeat& shape, bool short_factors, bool short_additive, int64_t i0, int64_t i1) {
-  const int64_t block = shape.repeat * shape.inner;
+void poisson_ratio_cpu(const T* y, const T* p, const T* factors, const T* additive, T* out, T scale, const Rows& rows,
+                       int64_t i0, int64_t i1) {
+  const int64_t block = rows.repeat * rows.inner;
   for (int64_t i = i0; i < i1;) {
-    const int64_t along = i % shape.inner, n = std::min(shape.inner - along, i1 - i);
-    const int64_t brief = i / block * shape.inner + along;
-    ratio(y + i, p + i, factors ? factors + (short_factors ? brief : i) : nullptr,
-          additive ? additive + (short_additive ? brief : i) : nullptr, out + i, n, scale);
+    const int64_t row = i / rows.length, at = i % rows.length, along = at % rows.inner;
+    const int64_t n = std::min(rows.inner - along, i1 - i), brief = at / block * rows.inner + along;
+    const auto part = [&](const T* t, int64_t stride, bool is_short) {
+      return t ? t + row * stride + (is_short ? brief : at) : nullptr;
+    };
+    ratio(y + row * rows.y + at, p + i, part(factors, rows.factors, rows.short_factors),
+          part(additive, rows.additive, rows.short_additive), out + i, n, scale);
     i += n;
   }
 }
@@ -141,9 +144,9 @@ void em_update_cpu(const EmTerms<T>& t, const T* x, const T* back, const T* sens
 }
 
 template void poisson_ratio_cpu<float>(const float*, const float*, const float*, const float*, float*, float,
-                                       const Repeat&, bool, bool, int64_t, int64_t);
+                                       const Rows&, int64_t, int64_t);
 template void poisson_ratio_cpu<double>(const double*, const double*, const double*, const double*, double*, double,
-                                        const Repeat&, bool, bool, int64_t, int64_t);
+                                        const Rows&, int64_t, int64_t);
 template void em_update_cpu<float>(const EmTerms<float>&, const float*, const float*, const float*, const float*,
                                    float*, int64_t, int64_t);
 template void em_update_cpu<double>(const EmTerms<double>&, const double*, const double*, const double*, const double*,

@@ -5,16 +5,18 @@
 
 #include "cpu/rdp.h"
 namespace recon3d {
-// Where a short tensor repeats: y is [outer, repeat, inner], the short one [outer, inner]. repeat = 1: inner = all.
-struct Repeat {
-  int64_t repeat, inner;
+// How the tensors of a measurement lie: `rows` of `length` values, the rows of each a stride apart. Within a row y is
+// [outer, repeat, inner], and a short tensor [outer, inner].
+struct Rows {
+  int64_t length, repeat, inner, y, factors, additive;  // the last three: strides
+  bool short_factors, short_additive;
 };
 
-// out = f y / (f p + b) with f = scale factors on the elements [i0, i1) of y; 0 where f p + b <= 0.
-//   factors, additive: like y, short, or null for 1 and 0.
+// out = f y / (f p + b) with f = scale factors on the values [i0, i1) of all rows; 0 where f p + b <= 0.
+//   p and out are contiguous; factors and additive may be null, for 1 and 0.
 template <class T>
-void poisson_ratio_cpu(const T* y, const T* p, const T* factors, const T* additive, T* out, T scale,
-                       const Repeat& shape, bool short_factors, bool short_additive, int64_t i0, int64_t i1);
+void poisson_ratio_cpu(const T* y, const T* p, const T* factors, const T* additive, T* out, T scale, const Rows& rows,
+                       int64_t i0, int64_t i1);
 
 // what stands beside the likelihood: an anchor of weight w, beta times the relative difference prior of v
 template <class T>

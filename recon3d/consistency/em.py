@@ -297,13 +297,17 @@ class _Part:
     """One subset: its operator, where its data lie in the measurement, and its sensitivity once that was asked for."""
 
     def __init__(self, operator: LinearOperator, whole: LinearOperator, index: Tensor | None) -> None:
-        self.operator, self._index = operator, index
+        self.operator, self._index, self._slice = operator, index, slice(None)
         self._sensitivity: Tensor | None = None
         pairs = zip(operator.range.shape, whole.range.shape, strict=True)
         self._axis = next((axis for axis, (a, b) in enumerate(pairs) if a != b), 0)
+        if index is not None and self._axis == 0 and index.numel() > 1:
+            first, step = int(index[0]), int(index[1] - index[0])
+            if step > 0 and torch.equal(index.cpu(), first + step * torch.arange(index.numel())):
+                self._slice, self._index = slice(first, int(index[-1]) + 1, step), None  # a view, not a copy
 
     def data(self, y: Tensor) -> Tensor:
-        return y if self._index is None else y.index_select(self._axis, self._index.to(y.device))
+        return y[self._slice] if self._index is None else y.index_select(self._axis, self._index.to(y.device))
 
     def sensitivity(self, y: Tensor) -> Tensor:
         if hasattr(self.operator, "sensitivity"):

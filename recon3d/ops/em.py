@@ -33,6 +33,8 @@ Form = Literal["surrogate", "gradient"]
 
 # expected counts are never taken smaller, so that a quotient stays a float32 (no scanner expects 1e-20 counts)
 _LEAST = 1e-20
+# values in a row that are worth a visit of their own
+_LONG = 64
 
 
 def poisson_ratio(
@@ -69,6 +71,8 @@ def poisson_ratio(
     _like("poisson_ratio", y, projection=projection)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"poisson_ratio: scale must be finite and above 0, got {scale}")
+    if y.ndim == 0:
+        raise ValueError("poisson_ratio: a measurement of at least one axis is needed, got a scalar")
     f, f_axes = _broadcast("factors", y, factors)
     b, b_axes = _broadcast("additive", y, additive)
     if b is not None and f_axes and b_axes and f_axes != b_axes:  # the kernel knows one pattern
@@ -76,7 +80,7 @@ def poisson_ratio(
     repeat, inner = _repeat(y, f_axes or b_axes)
     _library.ensure()
     out: Tensor = torch.ops.recon3d.poisson_ratio(
-        y.contiguous(), projection.contiguous(), f, b, scale, repeat, inner, f_axes is not None, b_axes is not None
+        _rows(y), projection.contiguous(), f, b, scale, repeat, inner, f_axes is not None, b_axes is not None
     )
     return out
 
@@ -173,6 +177,12 @@ def _like(op: str, x: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{op}: {name} needs {x.dtype} on {x.device}, got {other.dtype} on {other.device}")
 
 
+def _rows(t: Tensor) -> Tensor:
+    """t itself where it consists of long contiguous rows, as a subset of views does; else contiguous."""
+    long = t.shape[0] > 0 and t[0].numel() >= _LONG and t[0].is_contiguous()
+    return t if long else t.contiguous()
+
+
 def _broadcast(name: str, y: Tensor, t: Tensor | None) -> tuple[Tensor | None, tuple[int, int] | None]:
     """t ready for the kernel, and the run of axes [first, end) along which it repeats (None where it does not)."""
     if t is None:
@@ -182,18 +192,19 @@ def _broadcast(name: str, y: Tensor, t: Tensor | None) -> tuple[Tensor | None, t
     shape = (1,) * (y.ndim - t.ndim) + tuple(t.shape)
     if len(shape) != y.ndim or any(a not in (1, b) for a, b in zip(shape, y.shape, strict=True)):
         raise ValueError(f"poisson_ratio: {name} {tuple(t.shape)} cannot be broadcast over y {tuple(y.shape)}")
+    t = t.reshape(shape)
     short = [axis for axis, (a, b) in enumerate(zip(shape, y.shape, strict=True)) if a != b]
     if not short:
-        return t.reshape(y.shape).contiguous(), None
+        return _rows(t), None
     first, end = short[0], short[-1] + 1
-    if any(a != 1 for a in shape[first:end]):  # two separate runs
+    if first == 0 or any(a != 1 for a in shape[first:end]):  # not one run within the rows
         return t.expand(y.shape).contiguous(), None
-    return t.reshape(shape).contiguous(), (first, end)
+    return _rows(t), (first, end)
 
 
 def _repeat(y: Tensor, axes: tuple[int, int] | None) -> tuple[int, int]:
     if axes is None:
-        return 1, max(1, y.numel())
+        return 1, max(1, math.prod(y.shape[1:]))
     return math.prod(y.shape[slice(*axes)]), math.prod(y.shape[axes[1] :])
 
 
@@ -291,7 +302,7 @@ _library.define(
     "poisson_ratio(Tensor y, Tensor projection, Tensor? factors, Tensor? additive, float scale, int repeat, int inner,"
     " bool short_factors, bool short_additive) -> Tensor",
     _ratio,
-    lambda y, *_: y.new_empty(y.shape),
+    lambda y, projection, *_: projection.new_empty(projection.shape),
     setup_context=_keep,
     backward=_ratio_backward,
 )
@@ -316,8 +327,9 @@ def _cuda_ratio(
 ) -> Tensor:
     from recon3d.kernels import em as kernels
 
-    out = torch.empty_like(y)
-    kernels.ratio(y, projection, factors, additive, out, scale, repeat, inner, short_factors, short_additive)
+    out = torch.empty_like(projection)
+    f, b = (None if t is None else t.contiguous() for t in (factors, additive))
+    kernels.ratio(y.contiguous(), projection, f, b, out, scale, repeat, inner, short_factors, short_additive)
     return out
 
 
