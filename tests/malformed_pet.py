@@ -88,14 +88,14 @@ def image(folder):
 
 def petlink(folder):
     rng = np.random.default_rng(0)
-    words = rng.integers(0, 128 * 96 * 256, 4000).astype(np.uint32) | np.uint32(0x40000000)
+    words = rng.integers(0, 32 * 96 * 46, 4000).astype(np.uint32) | np.uint32(0x40000000)
     words[::50] = 0x80000000 + np.arange(80)
     words[5::500] = 0xA0000001
     header = (
         "!INTERFILE:=\n!originating system:=small\n%SMS-MI header name space:=PETLINK bin address\n"
         "name of data file:=p.s\ndata format:=CoincidenceList\nnumber of rings:=16\n"
-        "%LM event and tag words format (bits):=32\n%axial compression:=1\n%maximum ring difference:=15\n"
-        "%number of projections:=128\n%number of views:=96\n%total listmode word counts:=4000\n"
+        "%LM event and tag words format (bits):=32\n%axial compression:=1\n%maximum ring difference:=1\n"
+        "%number of projections:=32\n%number of views:=96\n%total listmode word counts:=4000\n"
         "isotope gamma halflife (sec):=6586.2\n%study date (yyyy:mm:dd):=2017:03:27\n"
         "%study time (hh:mm:ss GMT+00:00):=17:00:35\n%tracer injection date (yyyy:mm:dd):=2017:03:27\n"
         "%tracer injection time (hh:mm:ss GMT+00:00):=16:07:00\nimage duration (sec):=900\n"
