@@ -227,3 +227,15 @@ def test_hu_become_attenuation(tmp_path):
     write_nifti(tmp_path / "ct.nii", hu, grid, label="HU")
     mu, _, notes = read_mu_map(tmp_path / "ct.nii")
     assert float(mu[0, 0, 0]) == 0 and float(mu[0, 0, 1]) == pytest.approx(0.0096, rel=0.01) and notes == ()
+
+
+def test_ct_series_becomes_attenuation(data):
+    pytest.importorskip("recon3d.operators.attenuation")
+    path = data("io/dicom_small/CT_small.dcm")
+    mu, grid, _ = read_mu_map(path)
+    hu = read_dicom(path).volume
+    assert mu.shape == grid.shape and float(mu.min()) >= 0
+    near = (hu - 0).abs() < 3  # water
+    assert float(mu[near].mean()) == pytest.approx(0.0096, rel=0.01)
+    with pytest.raises(BadInput, match="series of PT"):
+        read_mu_map(data("io/dicom_pet"))

@@ -69,6 +69,7 @@ def describe(path: Path) -> str:
     """
     from recon3d.engine.folder import CONFIG, MANIFEST
     from recon3d.io import BadInput
+    from recon3d.io.dicom import is_dicom
     from recon3d.io.pet_folder import is_pet_folder
 
     if path.is_dir():
@@ -76,8 +77,8 @@ def describe(path: Path) -> str:
             return _run(path)
         if (path / "card.json").exists():
             return _prior(path)
-        if not is_pet_folder(path):
-            hint = "give a run folder, a prior folder, a folder of PET counts or a file"
+        if not (is_pet_folder(path) or is_dicom(path)):
+            hint = "give a run folder, a prior folder, a folder of PET counts or of a DICOM series, or a file"
             raise BadInput(path, "is neither a run nor a prior nor a measurement", hint)
     from recon3d import io
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recon3d.geometry import VolumeGrid
+from recon3d.io.dicom import is_dicom, read_dicom
 from recon3d.io.guard import DEFAULT_LIMITS, BadInput, Limits, check_file
 from recon3d.io.interfile_header import is_interfile
 from recon3d.io.interfile_image import read_interfile_image
@@ -39,16 +40,20 @@ def read_mu_map(
     """An attenuation map in 1/mm at 511 keV, its grid and what was noticed.
 
     Args:
-        path: NIfTI, or an Interfile image (.hv), which STIR holds in 1/cm.
+        path: NIfTI, an Interfile image (.hv), which STIR holds in 1/cm, or a DICOM series of CT.
         unit: of the values, where the file does not say.
         limits: how much memory it may claim.
 
     Raises:
         BadInput: the file is damaged, its unit is in doubt, or its values are no attenuation.
     """
-    check_file(path)
     said: str | None
-    if is_interfile(path):
+    if is_dicom(path):
+        image = read_dicom(path, limits)
+        if image.modality != "CT":
+            raise BadInput(path, f"is a series of {image.modality}, not of attenuation", "give the CT series")
+        volume, grid, said = image.volume, image.grid, "hu"
+    elif check_file(path) and is_interfile(path):
         volume, grid, _ = read_interfile_image(path, limits)
         said = "1/cm"
     else:
