@@ -23,7 +23,7 @@ test: $(if $(HAVE_TEST),,$(VENV)/test)
 	$(RUN_TEST) -m pytest
 
 bench: $(if $(HAVE_TEST),,$(VENV)/test)
-	for op in radon renoise tvz cg nufft sense pet job; do $(RUN_TEST) -m bench $$op --quick || exit 1; done
+	for op in radon renoise tvz cg nufft sense pet job job_pet; do $(RUN_TEST) -m bench $$op --quick || exit 1; done
 
 # a tool that the Python below .venv already has gets no script of its own in .venv/bin
 lint: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)

@@ -29,6 +29,7 @@ from recon3d.recipes import load_recipe
 from recon3d.testing.pet_phantoms import body_phantom
 
 PROJECTOR_LIMIT = 0.5  # of the wall time
+ERROR_LIMIT = 0.5  # of the volume in the body: a job that went wrong is not timed
 # scanner, span, mashing, grid, pixel, subsets, levels, counts; in full and quick
 SIZES = {False: ("mmr", 11, 1, (127, 128, 128), 2.0863, 28, 30, 1e8), True: ("small", 3, 2, None, None, 8, 4, 2e6)}
 
@@ -93,7 +94,7 @@ def run(quick: bool, device: str) -> list[Row]:
     parts["rest"] = (wall, cpu)
     inside = body.regions["body"]
     error = {k: _error(v, body.activity, inside) for k, v in (("ours", result.volume), ("OSEM", osem))}
-    judge(f"job_pet, {case}", [Gate("relative error in the body", error["ours"], error["OSEM"])])
+    judge(f"job_pet, {case}", [Gate("relative error in the body", error["ours"], ERROR_LIMIT)])
     print(
         f"{case}: {total[0]:.1f} s, {total[1]:.1f} s of processor time; relative error in the body {error['ours']:.3f}"
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import _common, _goals, _nufft_rivals, nufft, pet
+from bench import _common, _goals, _nufft_rivals, job_pet, nufft, pet
 from bench._common import Gate, Refused, compare
 from recon3d.geometry import scanner
 from recon3d.ops import joseph3d
@@ -140,3 +140,15 @@ def test_pet_events_come_from_a_cylinder():
     # the mean |s| of lines through a uniform disc is 4 R / (3 pi)
     assert nearest.mean() == pytest.approx(4 * 120 / (3 * math.pi), rel=0.03)
     assert 28 < np.std((bins - 8) * pet.TIME.bin_mm) < 100
+
+
+def test_clock_of_a_part_counts_every_call():
+    clock = job_pet.Clock(lambda seconds: time.sleep(seconds) or "done")
+    assert [clock(0.01), clock(seconds=0.02)] == ["done", "done"]
+    assert clock.wall >= 0.03 and clock.cpu < clock.wall
+
+
+def test_goals_of_pet_name_cases_that_are_timed():
+    words = {make(tof, True, few=True).words for tof in (None, pet.TIME) for make in (pet.small_scanner, pet.list_mode)}
+    assert words <= {goal.case for goal in pet.wanted(quick=True)}
+    assert all(goal.must <= goal.want for quick in (True, False) for goal in pet.wanted(quick))
