@@ -144,6 +144,7 @@ static void take_bins(const T* columns, const Taps<T>& s, int used, T* y, int64_
   }
   const int rest = count - (ROWS - 1) * W;
   for (int t = 0; t < BINS; ++t, y += planes) {
+    for (int v = 0; v < ROWS; ++v) __builtin_prefetch(y + v * W + 96, 1);
     for (int v = 0; v < ROWS - 1; ++v) store(y + v * W, load(y + v * W) + sum[t][v]);
     T* last = y + (ROWS - 1) * W;
     store_part(last, load_part(last, rest) + sum[t][ROWS - 1], rest);
@@ -156,6 +157,7 @@ static void give_bins(const T* y, int64_t planes, int count, const Taps<T>& s, i
   using Vec = typename Lanes<T>::Vec;
   Vec value[BINS][ROWS];
   for (int t = 0; t < BINS; ++t, y += planes) {
+    for (int v = 0; v < ROWS; ++v) __builtin_prefetch(y + v * W + 96);
     for (int v = 0; v < ROWS - 1; ++v) value[t][v] = load(y + v * W);
     value[t][ROWS - 1] = load_part(y + (ROWS - 1) * W, count - (ROWS - 1) * W);
   }
@@ -507,6 +509,7 @@ static void shelve(const Columns<T>& c, const SinogramPiece& piece, T mm, const 
   constexpr int W = Lanes<T>::W, tile = Shelf<T>::kTile;
   for (int v = 0; v < tile; v += W) {
     const int rest = piece.count - v;
+    if (rest > 0) __builtin_prefetch(y + v + 2048);  // a block later; another line's at the end of a line
     store(planes + Shelf<T>::kFront + v, rest <= 0 ? splat(T(0)) : load_part(y + v, rest < W ? rest : W));
   }
   runs.count = piece.count;
