@@ -43,34 +43,39 @@ void take_turns(const RunRanges& run, int64_t items, const F& body) {
 
 // ---- lines that pass near each other, next to each other ------------------------------------------------------------
 
-constexpr int kNone = 3;                          // key of lines that meet no plane
 constexpr int64_t kMostLines = int64_t{1} << 24;  // sorted at a time
-
-uint32_t spread_bits(uint32_t v) {  // bit i to bit 2 i, 16 bits
-  v = (v | (v << 8)) & 0x00ff00ffu;
-  v = (v | (v << 4)) & 0x0f0f0f0fu;
-  v = (v | (v << 2)) & 0x33333333u;
-  return (v | (v << 1)) & 0x55555555u;
-}
 
 int bits_for(double cells, int most) {
   int bits = 0;
   while (bits < most && (int64_t{1} << bits) < cells) ++bits;
   return bits;
 }
-KeyPlan key_plan(const RayGrid& g, int axis) {
-  KeyPlan k{};
-  const double planes = static_cast<double>(g.n[axis]), rows = static_cast<double>(g.n[kRowAxis[axis]]) + 2,
-               inner = static_cast<double>(g.n[kInnerAxis[axis]]) + 2;
-  k.near = 0.15 * planes;
-  k.far = 0.85 * planes;
-  k.row_bits = bits_for(2 * rows, 9);
-  k.inner_bits = bits_for(inner / 16, 6);
-  k.most_row = static_cast<double>((1 << k.row_bits) - 1);
-  k.most_inner = static_cast<double>((1 << k.inner_bits) - 1);
-  k.row_scale = (k.most_row + 1) / rows;
-  k.inner_scale = (k.most_inner + 1) / inner;
-  return k;
+KeyPlans key_plans(const RayGrid& g, int64_t lines) {
+  KeyPlans p{};
+  for (int axis = 0; axis < 3; ++axis) {
+    KeyPlan& k = p.axis[axis];
+    const double planes = static_cast<double>(g.n[axis]), rows = static_cast<double>(g.n[kRowAxis[axis]]) + 2,
+                 inner = static_cast<double>(g.n[kInnerAxis[axis]]) + 2;
+    k.near = 0.1 * planes;
+    k.far = 0.9 * planes;
+    // windows of 32 inner positions are one step for the kernels, so cells of 22 waste little
+    const double cells = std::min(32.0, std::max(1.0, std::ceil(inner / 22)));
+    // sixteen lines in a square of strip by strip, if they fill half of all places, mostly with little slope in z
+    const double density = static_cast<double>(lines) / (2 * cells * std::min(cells, 3.0) * 0.5 * rows * rows);
+    const double width = std::min(16.0, std::max(0.25, 4 / std::sqrt(density)));
+    const double strips = std::min(512.0, std::max(1.0, std::ceil(rows / width)));
+    const double places = std::min(1024.0, 8 * strips);
+    k.inner_scale = cells / inner;
+    k.strip_scale = strips / rows;
+    k.place_scale = places / rows;
+    k.most_inner = cells - 1;
+    k.most_strip = strips - 1;
+    k.most_place = places - 1;
+    p.inner_bits = std::max(p.inner_bits, bits_for(cells, 5));
+    p.strip_bits = std::max(p.strip_bits, bits_for(strips, 9));
+    p.place_bits = std::max(p.place_bits, bits_for(places, 10));
+  }
+  return p;
 }
 uint32_t cell(double at, double scale, double most) {
   const double c = (at + 1) * scale;
@@ -116,21 +121,8 @@ void radix_sort(uint64_t*& from, uint64_t*& to, int64_t n, int bits, const RunRa
 
 void make_order(const Lines& lines, int64_t base, int64_t n, const RunRanges& run, Order& out) {
   if (out.base == base) return;
-  KeyPlan plans[3];
-  int bits = 0;
-  for (int axis = 0; axis < 3; ++axis) {
-    plans[axis] = key_plan(lines.grid, axis);
-    bits = std::max(bits, 2 * (plans[axis].row_bits + plans[axis].inner_bits));
-  }
-  // cells much smaller than the distance of the lines order nothing
-  const int keep = std::min(bits, bits_for(static_cast<double>(n), 30));
-  for (int axis = 0; axis < 3; ++axis) {
-    KeyPlan& k = plans[axis];
-    k.up = bits - 2 * (k.row_bits + k.inner_bits);
-    k.down = bits - keep;
-    k.axis_bits = axis << keep;
-    k.none = kNone << keep;
-  }
+  const KeyPlans plans = key_plans(lines.grid, n);
+  const int bits = plans.bits();
   const auto keys = kernel_set().keys;
   const NufftScratch first(static_cast<size_t>(n) * 8), second(static_cast<size_t>(n) * 8);
   uint64_t *from = first.as<uint64_t>(), *to = second.as<uint64_t>();
@@ -145,14 +137,14 @@ void make_order(const Lines& lines, int64_t base, int64_t n, const RunRanges& ru
         from[i + k] = (static_cast<uint64_t>(some[k]) << 32) | static_cast<uint64_t>(i + k);
     }
   });
-  radix_sort(from, to, n, keep + 2, run);
+  radix_sort(from, to, n, bits + 2, run);
   out.base = base;
   out.line.resize(static_cast<size_t>(n));
   run_ranges(run, pieces, [&](int64_t b, int64_t e) {
     for (int64_t i = b * kPiece; i < std::min(n, e * kPiece); ++i) out.line[i] = static_cast<uint32_t>(from[i]);
   });
   for (int axis = 0; axis <= 4; ++axis)
-    out.begin[axis] = std::lower_bound(from, from + n, static_cast<uint64_t>(axis) << (32 + keep)) - from;
+    out.begin[axis] = std::lower_bound(from, from + n, static_cast<uint64_t>(axis) << (32 + bits)) - from;
 }
 
 // ---- bordered volumes -----------------------------------------------------------------------------------------------
@@ -303,7 +295,7 @@ void forward(const T* x, T* y, int64_t volumes, const Lines& lines, const RunRan
           k.forward(job, axis, begin + piece * kPiece, std::min(end, begin + (piece + 1) * kPiece), out);
         });
       }
-      for (int64_t i = order.begin[kNone]; i < order.begin[kNone + 1]; ++i)
+      for (int64_t i = order.begin[kNoAxis]; i < order.begin[kNoAxis + 1]; ++i)
         std::memset(out + (base + order.line[i]) * values, 0, sizeof(T) * static_cast<size_t>(values));
     }
   }
@@ -369,20 +361,19 @@ void adjoint(const T* y, T* x, int64_t volumes, const Lines& lines, const RunRan
 }
 }  // namespace
 
-void line_keys(const Lines& lines, const KeyPlan* plans, int64_t begin, int64_t end, uint32_t* keys) {
+void line_keys(const Lines& lines, const KeyPlans& plans, int64_t begin, int64_t end, uint32_t* keys) {
   for (int64_t i = begin; i < end; ++i) {
     const int32_t* pair = lines.pairs + 2 * i;
     const Ray r = make_ray(lines.points + 3 * static_cast<int64_t>(pair[0]),
                            lines.points + 3 * static_cast<int64_t>(pair[1]), lines.grid);
-    const KeyPlan& k = plans[r.axis];
-    const uint32_t inner = (cell(r.c + r.e * k.near, k.inner_scale, k.most_inner) << k.inner_bits) |
-                           cell(r.c + r.e * k.far, k.inner_scale, k.most_inner);
-    const uint32_t rows = spread_bits(cell(r.a + r.b * k.near, k.row_scale, k.most_row)) |
-                          (spread_bits(cell(r.a + r.b * k.far, k.row_scale, k.most_row)) << 1);
-    const uint64_t key = (static_cast<uint64_t>(inner) << (2 * k.row_bits)) | rows;
-    keys[i - begin] = r.first > r.last
-                          ? static_cast<uint32_t>(k.none)
-                          : static_cast<uint32_t>(((key << k.up) >> k.down) | static_cast<uint64_t>(k.axis_bits));
+    const KeyPlan& k = plans.axis[r.axis];
+    const uint32_t strip = cell(r.a + r.b * k.near, k.strip_scale, k.most_strip),
+                   place = cell(r.a + r.b * k.far, k.place_scale, k.most_place);
+    uint32_t key = r.first > r.last ? kNoAxis : static_cast<uint32_t>(r.axis);
+    key = (key << plans.inner_bits) | cell(r.c + r.e * k.near, k.inner_scale, k.most_inner);
+    key = (key << plans.inner_bits) | cell(r.c + r.e * k.far, k.inner_scale, k.most_inner);
+    key = (key << plans.strip_bits) | strip;
+    keys[i - begin] = (key << plans.place_bits) | (strip & 1 ? static_cast<uint32_t>(k.most_place) - place : place);
   }
 }
 

@@ -105,22 +105,7 @@ RECON3D_INLINE Int cell8(Dbl at, Dbl scale, Dbl most) {
   c = _mm512_min_pd(_mm512_max_pd(c, _mm512_setzero_pd()), most);
   return _mm512_cvttpd_epi64(c);
 }
-RECON3D_INLINE Int spread8(Int v) {
-  const auto step = [](Int w, int shift, int64_t mask) {
-    return _mm512_and_si512(_mm512_or_si512(w, _mm512_slli_epi64(w, shift)), _mm512_set1_epi64(mask));
-  };
-  return step(step(step(step(v, 8, 0x00ff00ff), 4, 0x0f0f0f0f), 2, 0x33333333), 1, 0x55555555);
-}
-static void lane_keys(const Lines& lines, const KeyPlan* plans, int64_t begin, int64_t end, uint32_t* keys) {
-  const auto pick = [](const Rays8& r, double z, double y, double x) {
-    return _mm512_mask_mov_pd(_mm512_mask_mov_pd(dbl(y), r.x, dbl(x)), r.z, dbl(z));
-  };
-  const auto pick_int = [](const Rays8& r, int z, int y, int x) {
-    return _mm512_mask_mov_epi64(_mm512_mask_mov_epi64(_mm512_set1_epi64(y), r.x, _mm512_set1_epi64(x)), r.z,
-                                 _mm512_set1_epi64(z));
-  };
-#define RECON3D_PICK(FIELD) pick(r, plans[0].FIELD, plans[1].FIELD, plans[2].FIELD)
-#define RECON3D_PICK_INT(FIELD) pick_int(r, plans[0].FIELD, plans[1].FIELD, plans[2].FIELD)
+static void lane_keys(const Lines& lines, const KeyPlans& plans, int64_t begin, int64_t end, uint32_t* keys) {
   for (int64_t i = begin; i < end; i += 8) {
     int32_t some[16] = {0};
     const int count = static_cast<int>(std::min<int64_t>(8, end - i));
@@ -132,25 +117,29 @@ static void lane_keys(const Lines& lines, const KeyPlan* plans, int64_t begin, i
     __m256i i0, i1;
     pairs8(pairs, i0, i1);
     const Rays8 r = rays8(lines, i0, i1, -1);
-    const Dbl near = RECON3D_PICK(near), far = RECON3D_PICK(far), rows = RECON3D_PICK(row_scale),
-              inner = RECON3D_PICK(inner_scale), most_row = RECON3D_PICK(most_row),
-              most_inner = RECON3D_PICK(most_inner);
-    const Int row_bits = RECON3D_PICK_INT(row_bits), inner_bits = RECON3D_PICK_INT(inner_bits);
-    const Int top =
-        _mm512_or_si512(_mm512_sllv_epi64(cell8(_mm512_fmadd_pd(r.e, near, r.c), inner, most_inner), inner_bits),
-                        cell8(_mm512_fmadd_pd(r.e, far, r.c), inner, most_inner));
-    const Int low =
-        _mm512_or_si512(spread8(cell8(_mm512_fmadd_pd(r.b, near, r.a), rows, most_row)),
-                        _mm512_slli_epi64(spread8(cell8(_mm512_fmadd_pd(r.b, far, r.a), rows, most_row)), 1));
-    Int key = _mm512_or_si512(_mm512_sllv_epi64(top, _mm512_slli_epi64(row_bits, 1)), low);
-    key = _mm512_srlv_epi64(_mm512_sllv_epi64(key, RECON3D_PICK_INT(up)), RECON3D_PICK_INT(down));
-    key = _mm512_or_si512(key, RECON3D_PICK_INT(axis_bits));
-    const __mmask8 none = _mm512_cmp_pd_mask(r.first, r.last, _CMP_GT_OQ);
-    key = _mm512_mask_mov_epi64(key, none, _mm512_set1_epi64(plans[0].none));
+    const auto pick = [&](double KeyPlan::* field) {
+      return _mm512_mask_mov_pd(_mm512_mask_mov_pd(dbl(plans.axis[1].*field), r.x, dbl(plans.axis[2].*field)), r.z,
+                                dbl(plans.axis[0].*field));
+    };
+    const Dbl near = pick(&KeyPlan::near), far = pick(&KeyPlan::far);
+    const auto inner = [&](Dbl at) {
+      return cell8(_mm512_fmadd_pd(r.e, at, r.c), pick(&KeyPlan::inner_scale), pick(&KeyPlan::most_inner));
+    };
+    const Dbl most_place = pick(&KeyPlan::most_place);
+    const Int strip = cell8(_mm512_fmadd_pd(r.b, near, r.a), pick(&KeyPlan::strip_scale), pick(&KeyPlan::most_strip));
+    Int place = cell8(_mm512_fmadd_pd(r.b, far, r.a), pick(&KeyPlan::place_scale), most_place);
+    const __mmask8 back = _mm512_test_epi64_mask(strip, _mm512_set1_epi64(1));
+    place = _mm512_mask_sub_epi64(place, back, _mm512_cvttpd_epi64(most_place), place);
+    Int key = _mm512_mask_mov_epi64(_mm512_set1_epi64(1), r.x, _mm512_set1_epi64(2));
+    key = _mm512_mask_mov_epi64(key, r.z, _mm512_setzero_si512());
+    key = _mm512_mask_mov_epi64(key, _mm512_cmp_pd_mask(r.first, r.last, _CMP_GT_OQ), _mm512_set1_epi64(kNoAxis));
+    const auto append = [](Int k, int bits, Int more) {
+      return _mm512_or_si512(_mm512_sll_epi64(k, _mm_cvtsi32_si128(bits)), more);
+    };
+    key = append(append(key, plans.inner_bits, inner(near)), plans.inner_bits, inner(far));
+    key = append(append(key, plans.strip_bits, strip), plans.place_bits, place);
     _mm256_mask_storeu_epi32(keys + (i - begin), static_cast<__mmask8>((1u << count) - 1), _mm512_cvtepi64_epi32(key));
   }
-#undef RECON3D_PICK
-#undef RECON3D_PICK_INT
 }
 
 // ---- sixteen lines --------------------------------------------------------------------------------------------------

@@ -34,15 +34,20 @@ struct LineJob {
 };
 
 // Neighbours in the order meet the same cache lines, and the vector kernels want the lanes of a register within a few
-// voxels. The key of a line: main axis; where it crosses two planes, by cells of 16 voxels of the inner axis; then by
-// ever smaller cells of the row axis.
-struct KeyPlan {     // of one main axis
-  double near, far;  // the two planes
-  double row_scale, inner_scale, most_row, most_inner;
-  int row_bits, inner_bits;  // of each of the two crossings
-  int up, down;              // shifts that bring the keys of all axes to one length
-  int axis_bits, none;       // added to the key, and the key of a line that meets no plane
+// voxels. The key of a line: main axis; where it crosses two planes, the near and the far one: cells of the inner axis;
+// a strip of the row axis in the near plane; the place along the row axis in the far plane, there and back from strip
+// to strip.
+struct KeyPlan {  // of one main axis
+  double near, far;
+  double inner_scale, strip_scale, place_scale;  // per voxel
+  double most_inner, most_strip, most_place;
 };
+struct KeyPlans {
+  KeyPlan axis[3];
+  int inner_bits, strip_bits, place_bits;                                // of both crossings alike
+  int bits() const { return 2 * inner_bits + strip_bits + place_bits; }  // below those of the axis
+};
+constexpr uint32_t kNoAxis = 3;  // in place of the axis of a line that meets no plane
 
 template <class T>
 struct LineKernels {
@@ -55,9 +60,9 @@ struct LineKernelSet {
   LineKernels<float> singles;
   LineKernels<double> doubles;
   // Keys of lines [begin, end).
-  void (*keys)(const Lines& lines, const KeyPlan* plans, int64_t begin, int64_t end, uint32_t* keys);
+  void (*keys)(const Lines& lines, const KeyPlans& plans, int64_t begin, int64_t end, uint32_t* keys);
 };
-void line_keys(const Lines& lines, const KeyPlan* plans, int64_t begin, int64_t end, uint32_t* keys);
+void line_keys(const Lines& lines, const KeyPlans& plans, int64_t begin, int64_t end, uint32_t* keys);
 extern const LineKernelSet kLinesPortable;
 extern const LineKernelSet* const kLinesAvx2;  // null where the compiler cannot make it
 extern const LineKernelSet* const kLinesAvx512;
