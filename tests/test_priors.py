@@ -670,7 +670,7 @@ def test_pet_denoises_and_keeps_the_spots(pet, sigma, factor):
     d = pet.denoise(x + sigma * z, sigma)
     assert float((d - x).square().mean().sqrt()) < sigma / factor
     hot, cold = (float((d - x)[0][p.regions[name]].mean()) for name in ("hot 0", "cold 1"))
-    assert abs(hot) < 0.1 * 5 + 0.1 * sigma and abs(cold) < 0.05 + 0.1 * sigma
+    assert abs(hot) < 0.1 * 5 + 0.1 * sigma and abs(cold) < 0.05 + 0.3 * sigma
 
 
 def test_pet_on_the_held_out_limb(pet):
