@@ -20,7 +20,7 @@ from recon3d import ops
 from recon3d.baselines.osem import osem
 from recon3d.baselines.progress import Callback
 from recon3d.baselines.tv import tune
-from recon3d.consistency.em import log_likelihood, mean_sensitivity, ordered_subsets_em
+from recon3d.consistency.em import log_likelihood, mean_sensitivity, ordered_subsets_em, ordered_sum
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.rdp import Axes
 
@@ -194,7 +194,7 @@ def mean_activity(x: Tensor) -> float:
     """Mean over the voxels above 1 % of the maximum; 1 for an empty volume."""
     inside = x > 0.01 * x.amax()
     number = int(inside.sum())
-    return float(torch.where(inside, x, 0.0).sum(dtype=torch.float64)) / number if number else 1.0
+    return ordered_sum(torch.where(inside, x, 0.0)) / number if number else 1.0
 
 
 def _check(strength: float, iterations: int, gamma: float, value_scale: float | None) -> None:

@@ -42,17 +42,16 @@ _CHUNK = 1 << 22
 
 
 def poisson_log_likelihood(y: Tensor, expected: Tensor) -> float:
-    """sum y log(expected) - expected, in float64; without the term log(y!), which no image changes.
+    """sum y log(expected) - expected, summed in float64; without the term log(y!), which no image changes.
 
     Args:
         y: counts, at least 0.
         expected: like y. Bins where nothing is expected are left out, as EM leaves them out.
+
+    >>> poisson_log_likelihood(torch.tensor([2.0, 3.0]), torch.tensor([1.0, 0.0]))
+    -1.0
     """
-    total = 0.0
-    for counts, mean in zip(y.flatten().split(_CHUNK), expected.flatten().split(_CHUNK), strict=True):
-        m = mean.double()
-        total += float(torch.where(m > 0, torch.xlogy(counts.double(), m) - m, 0.0).sum())
-    return total
+    return _counts_times_log(y, expected) - ordered_sum(expected.clamp(min=0))
 
 
 def log_likelihood(x: Tensor, y: Tensor, operator: LinearOperator) -> float:
@@ -66,13 +65,24 @@ def log_likelihood(x: Tensor, y: Tensor, operator: LinearOperator) -> float:
     """
     (part,) = _parts(operator, 1)
     x = x.clamp(min=0)
-    expected = part.expected(x)
-    total = -float(ops.dot(part.sensitivity(y), x))
-    for counts, mean in zip(y.flatten().split(_CHUNK), expected.flatten().split(_CHUNK), strict=True):
-        m = mean.double()
-        total += float(torch.where(m > 0, torch.xlogy(counts.double(), m), 0.0).sum())
+    total = _counts_times_log(y, part.expected(x)) - float(ops.dot(part.sensitivity(y), x))
     additive = getattr(operator, "additive", None)
-    return total if additive is None else total - float(additive.sum(dtype=torch.float64))
+    return total if additive is None else total - ordered_sum(additive.expand(y.shape))
+
+
+def _counts_times_log(y: Tensor, expected: Tensor) -> float:
+    total = torch.zeros((), dtype=torch.float64, device=y.device)
+    for counts, mean in zip(y.flatten().split(_CHUNK), expected.flatten().split(_CHUNK), strict=True):
+        total += ops.dot(counts[None], torch.where(mean > 0, mean, 1.0).log_()[None])
+    return float(total)
+
+
+def ordered_sum(t: Tensor) -> float:
+    """Sum in float64, in an order that does not depend on the number of threads."""
+    total = torch.zeros((), dtype=torch.float64, device=t.device)
+    for part in t.flatten().split(_CHUNK):
+        total += ops.dot(part[None], torch.ones_like(part)[None])
+    return float(total)
 
 
 def mean_sensitivity(operator: LinearOperator, y: Tensor, subsets: int = 1) -> float:
@@ -90,9 +100,9 @@ def uniform_start(operator: LinearOperator, y: Tensor, subsets: int = 1) -> Tens
     """The constant volume that explains all counts above the background, 0 where the scanner sees nothing."""
     seen, mean = _whole(operator, subsets, y)
     additive = getattr(operator, "additive", None)
-    counts = float(y.sum(dtype=torch.float64))
+    counts = ordered_sum(y)
     if additive is not None:
-        counts = max(counts - float(additive.expand(y.shape).sum(dtype=torch.float64)), 0.01 * counts)
+        counts = max(counts - ordered_sum(additive.expand(y.shape)), 0.01 * counts)
     number = int(seen.sum())
     value = counts / (mean * number) if number and mean > 0 else 0.0
     return seen.to(y.dtype) * value
@@ -375,7 +385,7 @@ def _whole(operator: LinearOperator, subsets: int, y: Tensor) -> tuple[Tensor, f
             total += part.sensitivity(y)
         seen = total > 0
         number = int(seen.sum())
-        kept[key] = (seen, float(torch.where(seen, total, 0.0).sum(dtype=torch.float64)) / number if number else 0.0)
+        kept[key] = (seen, ordered_sum(total.clamp(min=0)) / number if number else 0.0)
     return kept[key]
 
 
