@@ -13,7 +13,16 @@ import pytest
 import torch
 
 from recon3d.geometry import FanBeam, ParallelBeam, VolumeGrid, equiangular
-from recon3d.io import BadInput, Limits, Measurement, ReadOptions, describe, read_measurement, write_measurement
+from recon3d.io import (
+    BadInput,
+    Limits,
+    Measurement,
+    PETOptions,
+    ReadOptions,
+    describe,
+    read_measurement,
+    write_measurement,
+)
 from recon3d.io.centre import estimate_rotation_centre
 
 GRID = VolumeGrid((3, 16, 16), (2.0, 1.0, 1.0), ((-1.0, 0, 0, 8), (0, -1.0, 0, 8), (0, 0, 2.0, -3), (0, 0, 0, 1)))
@@ -332,7 +341,7 @@ def test_documented_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
         exec(block, names)
@@ -345,3 +354,9 @@ def test_documented_options_exist():
     table = text.split("## What a file does not say")[1].split("## ")[0]
     named = set(re.findall(r"`(\w+)`", table.replace("`input:`", "")))
     assert {field.name for field in fields(ReadOptions)} <= named
+
+
+def test_documented_pet_options_exist():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "formats.md").read_text()
+    named = set(re.findall(r"`(\w+)`", text.split("## PET")[1].split("### Interfile")[0]))
+    assert {field.name for field in fields(PETOptions)} <= named

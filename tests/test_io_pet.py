@@ -558,6 +558,8 @@ def test_kinds_are_not_mixed_up(sinogram, tmp_path):
         read_pet(tmp_path / "ct.npz")
     with pytest.raises(TypeError, match="no option colour"):
         read_pet(sinogram, colour=1)
+    with pytest.raises(BadInput, match=r"holds the data of p.hs; give that header"):
+        read_pet(sinogram.with_suffix(".s"))
 
 
 def test_decay_and_suv():

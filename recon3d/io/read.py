@@ -303,4 +303,13 @@ def _kind(path: str | os.PathLike[str]) -> str:
         return "dicom"
     if is_twix(path):
         return "twix"
+    header = _header_beside(Path(path))
+    if header is not None:
+        raise BadInput(path, f"holds the data of {header.name}", "give that header")
     raise BadInput(path, "is of no known format", _READ)
+
+
+def _header_beside(path: Path) -> Path | None:
+    """The Interfile header of a file of numbers, by its usual name."""
+    names = [path.with_name(path.name + ".hdr"), *(path.with_suffix(end) for end in (".hs", ".hv"))]
+    return next((n for n in names if n != path and n.is_file() and is_interfile(n)), None)
