@@ -221,6 +221,17 @@ RECON3D_INLINE void cell_of(Vec at, float n, Vec& whole, Vec& fraction) {
   fraction = _mm512_sub_ps(at, whole);
 }
 
+// The lines' data lie anywhere in memory: they are asked for two registers of lines ahead.
+RECON3D_INLINE void fetch_ahead(const LineJob<float>& job, int64_t i, int64_t end, const float* y) {
+  const int64_t from = i + 2 * kLanes, to = std::min(end, from + kLanes);
+  for (int64_t n = from; n < to; ++n) {
+    const int64_t line = job.base + job.order[n];
+    __builtin_prefetch(job.lines.pairs + 2 * line);
+    if (job.lines.bins) __builtin_prefetch(job.lines.bins + line);
+    __builtin_prefetch(y + line);
+  }
+}
+
 template <bool kFlight>
 static void lanes_forward(const LineJob<float>& job, int axis, int64_t begin, int64_t end, float* y) {
   const Bordered<float>& v = job.volume[axis];
@@ -230,6 +241,7 @@ static void lanes_forward(const LineJob<float>& job, int axis, int64_t begin, in
   for (int64_t i = begin; i < end; i += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, end - i));
     Rays16 r;
+    fetch_ahead(job, i, end, y);
     rays16(job, axis, i, count, r);
     const Vec a = _mm512_load_ps(r.a), b = _mm512_load_ps(r.b), c = _mm512_load_ps(r.c), e = _mm512_load_ps(r.e),
               first = _mm512_load_ps(r.first), last = _mm512_load_ps(r.last);
@@ -351,16 +363,20 @@ static void lanes_adjoint(const LineJob<float>& job, int axis, int64_t begin, in
   const Int even = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
             odd = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   const Vec one = vec(1);
+  float* const origin = v.origin;
+  const int64_t plane_stride = v.plane, row_stride = v.row;
   for (int64_t i = begin; i < end; i += kLanes) {
     const int count = static_cast<int>(std::min<int64_t>(kLanes, end - i));
     Rays16 r;
+    fetch_ahead(job, i, end, y);
     rays16(job, axis, i, count, r);
+    float values[kLanes];
+    for (int n = 0; n < count; ++n) values[n] = y[r.line[n]] * r.step[n];
     for (int n = 0; n < count; ++n) {
       const int first = std::max(low, static_cast<int>(r.first[n])),
                 last = std::min(high - 1, static_cast<int>(r.last[n]));
       if (first > last) continue;
-      const Vec a = vec(r.a[n]), b = vec(r.b[n]), c = vec(r.c[n]), e = vec(r.e[n]),
-                value = vec(y[r.line[n]] * r.step[n]);
+      const Vec a = vec(r.a[n]), b = vec(r.b[n]), c = vec(r.c[n]), e = vec(r.e[n]), value = vec(values[n]);
       for (int j = first; j <= last; j += kLanes) {
         const Vec at = _mm512_add_ps(vec(static_cast<float>(j)), lane);
         Vec k, w, l, f, here = value;
@@ -378,7 +394,7 @@ static void lanes_adjoint(const LineJob<float>& job, int axis, int64_t begin, in
         _mm512_store_ps(fars, _mm512_permutex2var_ps(far_left, even, far_right));
         _mm512_store_ps(fars + kLanes, _mm512_permutex2var_ps(far_left, odd, far_right));
         alignas(64) int64_t offset[kLanes];
-        const Int cell = _mm512_cvtps_epi32(k), column = _mm512_cvtps_epi32(l), row = _mm512_set1_epi64(v.row);
+        const Int cell = _mm512_cvtps_epi32(k), column = _mm512_cvtps_epi32(l), row = _mm512_set1_epi64(row_stride);
         for (int h = 0; h < 2; ++h) {
           const __m256i q = h ? _mm512_extracti64x4_epi64(cell, 1) : _mm512_castsi512_si256(cell);
           const __m256i s = h ? _mm512_extracti64x4_epi64(column, 1) : _mm512_castsi512_si256(column);
@@ -386,11 +402,11 @@ static void lanes_adjoint(const LineJob<float>& job, int axis, int64_t begin, in
                                                               _mm512_cvtepi32_epi64(s)));
         }
         const int planes = std::min(kLanes, last - j + 1);
-        float* plane = v.origin + j * v.plane;
-        for (int m = 0; m < planes; ++m, plane += v.plane) {
+        float* plane = origin + j * plane_stride;
+        for (int m = 0; m < planes; ++m, plane += plane_stride) {
           float* p = plane + offset[m];
           add_pair(p, nears + 2 * m);
-          add_pair(p + v.row, fars + 2 * m);
+          add_pair(p + row_stride, fars + 2 * m);
         }
       }
     }
