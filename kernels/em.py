@@ -182,8 +182,7 @@ VARIANTS = [
             load_bits=128,
             store_bits=128,
         )
-        for dtype in ("fp32", "fp64")
-        for factors, additive in ((0, 0), (1, 1), (2, 1))
+        for dtype, factors, additive in (("fp32", 0, 0), ("fp32", 1, 1), ("fp32", 2, 1), ("fp64", 2, 1))
     ),
     *(
         Variant(
@@ -196,8 +195,9 @@ VARIANTS = [
             load_bits=128,
             store_bits=128,
         )
-        for dtype in ("fp32", "fp64")
-        for prior in (0, 1, 2)
-        for surrogate in (True, False)
+        for dtype, prior, surrogate in (
+            *(("fp32", prior, surrogate) for prior in (0, 1, 2) for surrogate in (True, False)),
+            ("fp64", 2, True),
+        )
     ),
 ]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from laws import check_threads
 from toys import MatrixOperator
 
 from recon3d import ops
@@ -345,6 +346,8 @@ def test_scanner_counts_and_quality(small_scan):
     part = OrderedSubsets(3, 3, anchor=Rho("relative", 0.05), rdp=0.03, value_scale=2000.0)
     estimate = truth + 300 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
     assert error(part.step(estimate, y, a, level(), {})) < plain
+    check_threads(lambda: part.step(estimate, y, a, level(), {}))
+    check_threads(lambda: torch.tensor([log_likelihood(estimate, y, a), float(uniform_start(a, y).max())]))
 
 
 def test_list_mode_is_the_sinogram():
