@@ -108,7 +108,7 @@ SINOGRAMS = [
     Case("one-line", (7, 12, 11), ring_pairs(4, 2, 2.0), fan_lines(1, 1, 1.0, 20.0, 0.9)),
     Case("wide", (5, 90, 41), ring_pairs(3, 1, 2.0), fan_lines(4, 11, 7.0, 95.0)),
 ]  # fmt: skip
-BINS = [TOF(5, 6.0, 3.0), TOF(6, 4.0, 2.2), TOF(29, 0.8, 3.5), TOF(1, 12.0, 9.0, 2.0), TOF(4, 5.0, 2.0, 4.5)]
+BINS = [TOF(5, 6.0, 3.0), TOF(6, 4.0, 2.2), TOF(71, 0.35, 3.5), TOF(1, 12.0, 9.0, 2.0), TOF(4, 5.0, 2.0, 4.5)]
 CASES = SINOGRAMS + [replace(c, tof=BINS[k % len(BINS)]) for k, c in enumerate(SINOGRAMS)]
 SOME = [c for c in CASES if c.name in ("span-1", "odd", "mixed-steps", "long")]
 

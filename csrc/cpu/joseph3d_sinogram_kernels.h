@@ -12,7 +12,7 @@ constexpr int kMostRows = 4;  // registers along z of a piece
 constexpr int kMostRowsTof = RECON3D_LEVEL == 3 ? 4 : 2;
 // time bins taken together: what leaves a few registers beside the sums
 constexpr int most_bins(int rows) { return RECON3D_LEVEL == 3 ? (rows == 4 ? 6 : 8) : (rows == 2 ? 5 : 8); }
-constexpr int kMostBins = 8;
+constexpr int kStoredBins = 32;  // whose weights are kept for the next pieces
 
 // Sizes of columns in the copied volume and in the scratch, in elements.
 template <class T>
@@ -42,7 +42,7 @@ struct alignas(64) Taps {
   T t[kBlock];  // of the way, from the middle
   T low_weight[kBlock], high_weight[kBlock];
   int32_t low[kBlock], high[kBlock];
-  T bins[kMostBins][kBlock];  // weights of time bins
+  T bins[kStoredBins][kBlock];  // weights of time bins
 };
 
 // `split` keeps what belongs to the upper voxel in a row of its own where it would overlap the lower one (step 1).
@@ -128,7 +128,7 @@ static void give(const T* y, int count, const Taps<T>& s, int used, T* columns) 
 }
 
 template <class T, int ROWS, int BINS>
-static void take_bins(const T* columns, const Taps<T>& s, int used, T* y, int64_t planes, int count) {
+static void take_bins(const T* columns, const Taps<T>& s, int bin, int used, T* y, int64_t planes, int count) {
   constexpr int W = Lanes<T>::W;
   using Vec = typename Lanes<T>::Vec;
   Vec sum[BINS][ROWS] = {};
@@ -138,7 +138,7 @@ static void take_bins(const T* columns, const Taps<T>& s, int used, T* y, int64_
     Vec value[ROWS];
     for (int v = 0; v < ROWS; ++v) value[v] = a * load(p + v * W) + b * load(q + v * W);
     for (int t = 0; t < BINS; ++t) {
-      const Vec g = splat(s.bins[t][j]);
+      const Vec g = splat(s.bins[bin + t][j]);
       for (int v = 0; v < ROWS; ++v) sum[t][v] = g * value[v] + sum[t][v];
     }
   }
@@ -152,7 +152,7 @@ static void take_bins(const T* columns, const Taps<T>& s, int used, T* y, int64_
 }
 
 template <class T, int ROWS, int BINS>
-static void give_bins(const T* y, int64_t planes, int count, const Taps<T>& s, int used, T* columns) {
+static void give_bins(const T* y, int64_t planes, int count, const Taps<T>& s, int bin, int used, T* columns) {
   constexpr int W = Lanes<T>::W;
   using Vec = typename Lanes<T>::Vec;
   Vec value[BINS][ROWS];
@@ -166,7 +166,7 @@ static void give_bins(const T* y, int64_t planes, int count, const Taps<T>& s, i
     const Vec a = splat(s.low_weight[j]), b = splat(s.high_weight[j]);
     Vec sum[ROWS];
     for (int t = 0; t < BINS; ++t) {
-      const Vec g = splat(s.bins[t][j]);
+      const Vec g = splat(s.bins[bin + t][j]);
       for (int v = 0; v < ROWS; ++v) sum[v] = t ? g * value[t][v] + sum[v] : g * value[t][v];
     }
     for (int v = 0; v < ROWS; ++v) {
@@ -177,49 +177,49 @@ static void give_bins(const T* y, int64_t planes, int count, const Taps<T>& s, i
 }
 
 template <class T, int ROWS>
-RECON3D_INLINE void take_some_bins(int bins, const T* columns, const Taps<T>& s, int used, T* y, int64_t planes,
-                                   int count) {
+RECON3D_INLINE void take_some_bins(int bins, const T* columns, const Taps<T>& s, int bin, int used, T* y,
+                                   int64_t planes, int count) {
   constexpr int most = most_bins(ROWS);
   switch (bins) {
     case 1:
-      return take_bins<T, ROWS, 1>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, 1>(columns, s, bin, used, y, planes, count);
     case 2:
-      return take_bins<T, ROWS, 2>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, 2>(columns, s, bin, used, y, planes, count);
     case 3:
-      return take_bins<T, ROWS, 3>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, 3>(columns, s, bin, used, y, planes, count);
     case 4:
-      return take_bins<T, ROWS, 4>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, 4>(columns, s, bin, used, y, planes, count);
     case 5:
-      return take_bins<T, ROWS, 5>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, 5>(columns, s, bin, used, y, planes, count);
     case 6:
-      return take_bins<T, ROWS, (most < 6 ? 1 : 6)>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, (most < 6 ? 1 : 6)>(columns, s, bin, used, y, planes, count);
     case 7:
-      return take_bins<T, ROWS, (most < 7 ? 1 : 7)>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, (most < 7 ? 1 : 7)>(columns, s, bin, used, y, planes, count);
     default:
-      return take_bins<T, ROWS, (most < 8 ? 1 : 8)>(columns, s, used, y, planes, count);
+      return take_bins<T, ROWS, (most < 8 ? 1 : 8)>(columns, s, bin, used, y, planes, count);
   }
 }
 template <class T, int ROWS>
-RECON3D_INLINE void give_some_bins(int bins, const T* y, int64_t planes, int count, const Taps<T>& s, int used,
+RECON3D_INLINE void give_some_bins(int bins, const T* y, int64_t planes, int count, const Taps<T>& s, int bin, int used,
                                    T* columns) {
   constexpr int most = most_bins(ROWS);
   switch (bins) {
     case 1:
-      return give_bins<T, ROWS, 1>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, 1>(y, planes, count, s, bin, used, columns);
     case 2:
-      return give_bins<T, ROWS, 2>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, 2>(y, planes, count, s, bin, used, columns);
     case 3:
-      return give_bins<T, ROWS, 3>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, 3>(y, planes, count, s, bin, used, columns);
     case 4:
-      return give_bins<T, ROWS, 4>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, 4>(y, planes, count, s, bin, used, columns);
     case 5:
-      return give_bins<T, ROWS, 5>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, 5>(y, planes, count, s, bin, used, columns);
     case 6:
-      return give_bins<T, ROWS, (most < 6 ? 1 : 6)>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, (most < 6 ? 1 : 6)>(y, planes, count, s, bin, used, columns);
     case 7:
-      return give_bins<T, ROWS, (most < 7 ? 1 : 7)>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, (most < 7 ? 1 : 7)>(y, planes, count, s, bin, used, columns);
     default:
-      return give_bins<T, ROWS, (most < 8 ? 1 : 8)>(y, planes, count, s, used, columns);
+      return give_bins<T, ROWS, (most < 8 ? 1 : 8)>(y, planes, count, s, bin, used, columns);
   }
 }
 
@@ -243,7 +243,7 @@ RECON3D_INLINE BinRuns bins_met(const SinogramPlan<T>& plan, T from, T to, T len
   const int64_t runs = (last - first + most) / most;
   return {first, last, (last - first + runs) / runs};
 }
-// The weights of bins [first, first + n) into s.bins.
+// The weights of bins [first, first + n), n <= kStoredBins, into s.bins.
 template <class T>
 static void set_bins(const SinogramPlan<T>& plan, int64_t first, int n, T length, Taps<T>& s) {
   using Vec = typename Lanes<T>::Vec;
@@ -320,45 +320,47 @@ static void all_pieces(const SinogramPlan<T>& plan, const SinogramGroup& group, 
     if (length != known) {  // opposite ring differences share their bins
       met = bins_met(plan, from, to, length, kMostRowsTof < 4 ? most_bins(2) : most_bins(4));
       known = length;
-      ready = false;
+      ready = met.last - met.first < kStoredBins;
+      if (ready && met.first <= met.last)
+        set_bins(plan, met.first, static_cast<int>(met.last + 1 - met.first), length, s);
     }
     if (met.first > met.last) continue;
     set_taps(c, piece, mm[g], split, s);
     for (int64_t b = met.first; b <= met.last; b += met.size) {
       const int n = static_cast<int>(met.last + 1 - b < met.size ? met.last + 1 - b : met.size);
       if (!ready) set_bins(plan, b, n, length, s);
+      const int bin = ready ? static_cast<int>(b - met.first) : 0;
       Y* some = part + b * plan.planes;
       if constexpr (GIVE) {
         switch (rows) {
           case 1:
-            give_some_bins<T, 1>(n, some, plan.planes, piece.count, s, used, columns);
+            give_some_bins<T, 1>(n, some, plan.planes, piece.count, s, bin, used, columns);
             break;
           case 2:
-            give_some_bins<T, 2>(n, some, plan.planes, piece.count, s, used, columns);
+            give_some_bins<T, 2>(n, some, plan.planes, piece.count, s, bin, used, columns);
             break;
           case 3:
-            give_some_bins < T, kMostRowsTof<3 ? 1 : 3>(n, some, plan.planes, piece.count, s, used, columns);
+            give_some_bins<T, (kMostRowsTof < 3 ? 1 : 3)>(n, some, plan.planes, piece.count, s, bin, used, columns);
             break;
           default:
-            give_some_bins < T, kMostRowsTof<4 ? 1 : 4>(n, some, plan.planes, piece.count, s, used, columns);
+            give_some_bins<T, (kMostRowsTof < 4 ? 1 : 4)>(n, some, plan.planes, piece.count, s, bin, used, columns);
         }
       } else {
         switch (rows) {
           case 1:
-            take_some_bins<T, 1>(n, columns, s, used, some, plan.planes, piece.count);
+            take_some_bins<T, 1>(n, columns, s, bin, used, some, plan.planes, piece.count);
             break;
           case 2:
-            take_some_bins<T, 2>(n, columns, s, used, some, plan.planes, piece.count);
+            take_some_bins<T, 2>(n, columns, s, bin, used, some, plan.planes, piece.count);
             break;
           case 3:
-            take_some_bins < T, kMostRowsTof<3 ? 1 : 3>(n, columns, s, used, some, plan.planes, piece.count);
+            take_some_bins<T, (kMostRowsTof < 3 ? 1 : 3)>(n, columns, s, bin, used, some, plan.planes, piece.count);
             break;
           default:
-            take_some_bins < T, kMostRowsTof<4 ? 1 : 4>(n, columns, s, used, some, plan.planes, piece.count);
+            take_some_bins<T, (kMostRowsTof < 4 ? 1 : 4)>(n, columns, s, bin, used, some, plan.planes, piece.count);
         }
       }
     }
-    ready = met.last - met.first < met.size;
   }
 }
 
