@@ -102,7 +102,7 @@ def run(output: Path, files: list[Path], say: Say, listener: Listener, quick: bo
         lambda: chest(slices=8 if quick else None)
     ]
     makers += [lambda a=a: demo_mri.brain(a) for a in ((4,) if quick else (4, 8))]  # type: ignore[misc]
-    makers += [lambda: demo_pet.body(pixels=40 if quick else 64)]
+    makers += [lambda: demo_pet.body(pixels=48 if quick else 64)]
     makers += [lambda path=path: measured(path) for path in files]  # type: ignore[misc]
     summary: dict[str, Any] = {}
     for make in makers:

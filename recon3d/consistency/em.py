@@ -195,6 +195,8 @@ class OrderedSubsets:
         spacing_mm: voxel size (z, y, x); None takes the operator's grid, or cubes without one.
         form: "surrogate" or "gradient", see recon3d.ops.em_update.
         floor: of the gradient form, in units of value_scale.
+        begin: updates of a level begin at its "estimate", or at the image of the "previous" level, which few updates
+            then bring nearer to the maximum: it fits the counts already, and the estimate pulls as the anchor alone.
         target: "iterations", or "likelihood": go on until the log-likelihood reaches that of plain EM at the same part
             of its way (Webber et al., IEEE Trans. Med. Imaging 44 (2025) 4445).
         levels: levels of the trajectory, for "likelihood".
@@ -215,6 +217,7 @@ class OrderedSubsets:
     spacing_mm: tuple[float, float, float] | None = None
     form: Form = "surrogate"
     floor: float = 1e-4
+    begin: Literal["estimate", "previous"] = "estimate"
     target: Literal["iterations", "likelihood"] = "iterations"
     levels: int = 0
     passes: int = 10
@@ -244,7 +247,8 @@ class OrderedSubsets:
         if not self._checked:
             check_counts("OrderedSubsets", y, operator)
             self._checked = True
-        x, count = x0, int(state["em_count"]) if "em_count" in state else 0
+        count = int(state["em_count"]) if "em_count" in state else 0
+        x = state["em_image"] if self.begin == "previous" and "em_image" in state else x0
 
         def go_on(x: Tensor, iterations: int) -> Tensor:
             nonlocal count
@@ -263,6 +267,8 @@ class OrderedSubsets:
             if not made:
                 x = _start(x0, _whole(operator, self.subsets, y)[0])
         state["em_count"] = torch.tensor([count])
+        if self.begin == "previous":
+            state["em_image"] = x
         return x
 
     def _prior(self, y: Tensor, operator: LinearOperator, level: Level) -> _Prior:

@@ -171,6 +171,7 @@ def _em(recipe: Recipe, scale: float) -> OrderedSubsets:
         epsilon=r.epsilon,
         axes=r.axes,
         form=c.form,
+        begin=c.begin,
         target=c.target,
         levels=len(levels(recipe.trajectory, scale)),
         passes=c.passes,

@@ -156,7 +156,8 @@ def _phases(problem: Problem, activations: int, picture: bool) -> dict[str, dict
     recipe, scan = problem.recipe.resolved(), problem.scan
     volume, depth, work = scan.volume_bytes, scan.grid.shape[0], scan.work_bytes()
     tv = recipe.regulariser.kind == "tvz"
-    duals = _DUAL_VOLUMES if tv else 0
+    # EM that begins at the previous level's image keeps it
+    duals = _DUAL_VOLUMES if tv else int(recipe.consistency.begin == "previous")
     # a start image that the prior's scale was taken from stays
     kept = int(scan.keeps_start)
     data = {"volumes": (_DATA_VOLUMES + kept + duals + (_PULL_VOLUMES if tv else 0)) * volume, **work["data"]}

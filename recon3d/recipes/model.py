@@ -104,6 +104,9 @@ class ConsistencySection(_Section):
         description="em: the maximum of a separable surrogate, which no weight makes diverge, or a preconditioned "
         "gradient step (published)",
     )
+    begin: Literal["estimate", "previous"] = Field(
+        "estimate", description="em: a level's first image, the prior's estimate or the result of the level before"
+    )
     target: Literal["iterations", "likelihood"] = Field(
         "iterations",
         description="em: updates of a level; or groups of so many until the likelihood is that of plain EM at the same "
