@@ -174,6 +174,36 @@ def test_the_likelihood_schedule_meets_its_targets():
         assert reached[k] >= plain[k // 2] - 1e-9 * abs(plain[0])
 
 
+def test_updates_may_go_on_from_the_level_before():
+    """One long run of EM cut into levels, where the anchor is nothing; and a state that resumes to the same bits."""
+    import dataclasses
+
+    from recon3d.consistency import OrderedSubsets, ordered_subsets_em
+    from recon3d.trajectory import descend
+
+    operator, truth, y = counting()
+    step, state = OrderedSubsets(2, SUBSETS, begin="previous"), {}
+    for level in descend([0.5, 0.4, 0.3]):
+        x = step.step(torch.ones_like(truth), y, operator, level, state)
+    whole = ordered_subsets_em(torch.ones_like(truth), y, operator, subsets=SUBSETS, iterations=6)
+    assert torch.equal(x, whole) and torch.equal(state["em_image"], x)
+
+    def job():
+        small = {"trajectory.levels": 4, "consistency.subsets": SUBSETS, "start.subsets": SUBSETS}
+        recipe = load_recipe("pet", {**small, "consistency.begin": "previous"})
+        return assemble(recipe, operator, y, oracle(), seed=SEED)
+
+    whole, calm = None, job()
+    state = begin(calm)
+    for _ in run(calm, state):
+        saved = dataclasses.replace(state, u=state.u.clone(), duals={k: v.clone() for k, v in state.duals.items()})
+        for _ in run(job(), saved):
+            pass
+        whole = saved.u if whole is None else whole
+        assert torch.equal(saved.u, whole)
+    assert torch.equal(state.u, whole)
+
+
 def test_strengths_mean_the_same_for_any_unit_of_activity():
     """Counts a hundred times a unit's, activity a hundredth of it: the same image, in the smaller unit."""
     from test_guidance import Counts
