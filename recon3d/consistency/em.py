@@ -187,7 +187,8 @@ class OrderedSubsets:
             (sigma_ref / sigma)^2; "absolute" is w. None leaves the estimate as start alone.
         rdp: strength of the relative difference prior.
         rdp_rule: "relative" is beta / mean(s), "absolute" beta value_scale, both pure numbers; the second weighs R of
-            the image in units of value_scale against the log-likelihood, whatever the number of counts.
+            the image in units of value_scale against the log-likelihood, whatever the number of counts. "noise" lies
+            between, beta sqrt(value_scale / mean(s)): four times the counts take half the smoothing.
         value_scale: a typical activity, such as the prior's scale; the unit of epsilon and floor.
         gamma: of the relative difference prior.
         epsilon: of the relative difference prior, in units of value_scale.
@@ -209,7 +210,7 @@ class OrderedSubsets:
     subsets: int = 1
     anchor: Rho | None = None
     rdp: float = 0.0
-    rdp_rule: Literal["relative", "absolute"] = "relative"
+    rdp_rule: Literal["relative", "absolute", "noise"] = "relative"
     value_scale: float = 1.0
     gamma: float = 2.0
     epsilon: float = 1e-3
@@ -272,12 +273,13 @@ class OrderedSubsets:
         return x
 
     def _prior(self, y: Tensor, operator: LinearOperator, level: Level) -> _Prior:
-        relative = self.rdp_rule == "relative"
-        mean = mean_sensitivity(operator, y, self.subsets) if (self.rdp and relative) or self.anchor else 0.0
+        needed = (self.rdp and self.rdp_rule != "absolute") or self.anchor
+        mean = mean_sensitivity(operator, y, self.subsets) if needed else 0.0
         weight = self.anchor.at(level.sigma, lambda: mean / self.value_scale) if self.anchor else 0.0
         unit = self.value_scale
         spacing = _spacing(operator, self.spacing_mm)
-        beta = self.rdp * (mean if relative else 1 / unit)
+        per_strength = {"relative": mean, "noise": math.sqrt(mean / unit), "absolute": 1 / unit}
+        beta = self.rdp * per_strength[self.rdp_rule]
         return _Prior(weight, beta, self.gamma, self.epsilon * unit, self.axes, spacing, self.form, self.floor * unit)
 
     def _goal(self, y: Tensor, operator: LinearOperator, level: Level, state: MutableMapping[str, Tensor]) -> float:

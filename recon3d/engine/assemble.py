@@ -19,7 +19,7 @@ from recon3d.consistency import (
 from recon3d.engine.loop import Executor, InProcess, Job, Start
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
-from recon3d.planes import Axial
+from recon3d.planes import Axial, InTurn
 from recon3d.priors.base import Prior, differentiable
 from recon3d.priors.paths import VP
 from recon3d.recipes.model import Recipe, TrajectorySection
@@ -72,7 +72,7 @@ def assemble(
         y=y,
         prior=differentiable(prior) if guided else prior,
         trajectory=levels(recipe.trajectory, prior.scale),
-        planes=Axial(depth),
+        planes=Axial(depth) if recipe.planes.kind == "axial" else InTurn(tuple(operator.domain.shape)),
         consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed, operator),
         renoise=_renoise(recipe, prior.scale),
         noise=_noise(recipe, operator, spacing_mm, seed),

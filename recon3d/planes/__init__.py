@@ -9,7 +9,7 @@ from torch import Tensor
 
 from recon3d.trajectory import Level
 
-__all__ = ["Axial", "Planes", "View"]
+__all__ = ["Axial", "InTurn", "Planes", "View"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,31 @@ class Axial:
 
     def scatter(self, out: Tensor, x0: Tensor, view: View) -> None:
         out[view.index : view.index + view.count] = x0[:, 0]
+
+
+@dataclass(frozen=True)
+class InTurn:
+    """Slices across one axis per level, the axes in turn, so that no direction is left to itself (Webber et al., IEEE TMI 44 (2025) 4445,
+    ask perpendicular networks; here one sees them all).
+
+    Attributes:
+        shape: of the volume.
+        order: axes (0 = z: axial, 1 = y: coronal, 2 = x: sagittal) of the levels, from the first on.
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...] = (0, 1, 0, 2)
+
+    def __post_init__(self) -> None:
+        if not self.order or any(axis not in (0, 1, 2) for axis in self.order):
+            raise ValueError(f"InTurn: order must name axes 0, 1, 2, got {self.order}")
+
+    def views(self, level: Level) -> list[View]:
+        axis = self.order[level.index % len(self.order)]
+        return [View(k, 1, axis) for k in range(self.shape[axis])]
+
+    def gather(self, u: Tensor, view: View) -> Tensor:
+        return u.movedim(view.axis, 0)[view.index : view.index + view.count, None]
+
+    def scatter(self, out: Tensor, x0: Tensor, view: View) -> None:
+        out.movedim(view.axis, 0)[view.index : view.index + view.count] = x0[:, 0]

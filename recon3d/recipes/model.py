@@ -137,12 +137,23 @@ class RegulariserSection(_Section):
     )
     boundary: Literal["neumann", "periodic"] = Field("neumann", description="periodic joins the last to the first")
     strength: float = Field(0.1, ge=0, description="rdp: weight, in the unit of rule")
-    rule: Literal["relative", "absolute"] = Field(
-        "relative", description="rdp: strength is of the mean of A^T 1, or of the log-likelihood in network units"
+    rule: Literal["relative", "absolute", "noise"] = Field(
+        "relative",
+        description="rdp: strength is of the mean of A^T 1, of the log-likelihood in network units, or between them: of "
+        "the root of the counts of a voxel, as noise is",
     )
     gamma: float = Field(2.0, ge=0, description="rdp: larger keeps edges; at least 1 with form surrogate")
     epsilon: float = Field(1e-3, gt=0, description="rdp: sums of activities below count as this, network units")
     axes: Literal["z", "zyx"] = Field("z", description="rdp: neighbours along z, or along all three axes")
+
+
+class PlanesSection(_Section):
+    """Which slices the prior sees."""
+
+    kind: Literal["axial", "in_turn"] = Field(
+        "axial",
+        description="in_turn: axial, coronal, axial, sagittal slices, one kind per level, for voxels about as long as wide",
+    )
 
 
 class RenoiseSection(_Section):
@@ -197,6 +208,7 @@ class Recipe(_Section):
     trajectory: TrajectorySection = TrajectorySection()
     consistency: ConsistencySection = ConsistencySection()
     regulariser: RegulariserSection = RegulariserSection()
+    planes: PlanesSection = PlanesSection()
     renoise: RenoiseSection = RenoiseSection()
     noise: NoiseSection = NoiseSection()
     published: dict[str, Any] = Field(
