@@ -65,8 +65,9 @@ class Axial:
 
 @dataclass(frozen=True)
 class InTurn:
-    """Slices across one axis per level, the axes in turn, so that no direction is left to itself (Webber et al., IEEE TMI 44 (2025) 4445,
-    ask perpendicular networks; here one sees them all).
+    """Slices across one axis per level, the axes in turn, so that no direction is left to itself.
+
+    Webber et al. (IEEE Trans. Med. Imaging 44 (2025) 4445) ask perpendicular networks; here one sees them all.
 
     Attributes:
         shape: of the volume.

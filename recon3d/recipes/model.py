@@ -139,8 +139,8 @@ class RegulariserSection(_Section):
     strength: float = Field(0.1, ge=0, description="rdp: weight, in the unit of rule")
     rule: Literal["relative", "absolute", "noise"] = Field(
         "relative",
-        description="rdp: strength is of the mean of A^T 1, of the log-likelihood in network units, or between them: of "
-        "the root of the counts of a voxel, as noise is",
+        description="rdp: strength is of the mean of A^T 1, of the log-likelihood in network units, or between them "
+        "(noise): of the root of the counts of a voxel",
     )
     gamma: float = Field(2.0, ge=0, description="rdp: larger keeps edges; at least 1 with form surrogate")
     epsilon: float = Field(1e-3, gt=0, description="rdp: sums of activities below count as this, network units")
@@ -152,7 +152,8 @@ class PlanesSection(_Section):
 
     kind: Literal["axial", "in_turn"] = Field(
         "axial",
-        description="in_turn: axial, coronal, axial, sagittal slices, one kind per level, for voxels about as long as wide",
+        description="in_turn: axial, coronal, axial, sagittal slices, one kind per level; for voxels about as long as "
+        "wide",
     )
 
 
