@@ -12,8 +12,8 @@ from recon3d.baselines import mlem, osem, osem_rdp, osem_rdp_objective, tune_ose
 from recon3d.consistency import OrderedSubsets, Rho, log_likelihood, ordered_subsets_em, poisson_log_likelihood
 from recon3d.consistency.em import mean_sensitivity, uniform_start
 from recon3d.geometry import Events, pet_geometry
+from recon3d.operators import PETListmode, PETOperator
 from recon3d.operators.base import LinearOperator, Space
-from recon3d.operators.pet import PETListmode, PETOperator
 from recon3d.operators.simulate_pet import simulate_pet
 from recon3d.trajectory import Level
 

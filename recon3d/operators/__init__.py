@@ -15,7 +15,9 @@ from recon3d.operators.normalisation import (
     randoms_from_delayed,
 )
 from recon3d.operators.off_resonance import OffResonance
-from recon3d.operators.pet import PETListmode, PETOperator, herman_meyer, quantitative_scale
+from recon3d.operators.pet import PETOperator, herman_meyer
+from recon3d.operators.pet_listmode import PETListmode
+from recon3d.operators.pet_scale import quantitative_scale
 from recon3d.operators.simulate import simulate_ct
 from recon3d.operators.simulate_mri import simulate_mri
 from recon3d.operators.simulate_pet import SimulatedPET, simulate_pet

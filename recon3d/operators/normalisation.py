@@ -52,20 +52,22 @@ def fan_sums(counts: Events | Tensor, where: PETScanner | PETGeometry) -> Tensor
     scan, real = where.scanner, where.scanner.real_crystals()
     plane, rings = where.ring_pairs()
     pairs = where.crystal_pairs()
-    out = np.zeros((scan.rings, scan.crystals))
+    first = np.searchsorted(plane, np.arange(where.n_planes))
+    orders = [np.argsort(rings[:, end], kind="stable") for end in (0, 1)]
+    starts = [np.flatnonzero(np.diff(rings[order, end], prepend=-1)) for end, order in enumerate(orders)]
+    out = np.zeros((scan.crystals, scan.rings))
     for view in range(where.shape[0]):
-        held = counts[view].numpy()
-        ends = [real[rings[:, end, None], pairs[view, :, None, :, end]] for end in (0, 1)]
-        exist = ends[0] & ends[1]  # [mashed, ring pair, radial]
-        share = np.zeros((where.n_radial, where.n_planes))
+        ends = [real.T[pairs[view, ..., end]][..., rings[:, end]] for end in (0, 1)]
+        exist = ends[0] & ends[1]  # [mashed, radial, ring pair]
+        share = np.add.reduceat(exist.sum(0), first, axis=1)
+        part = counts[view].numpy() / np.maximum(share, 1)
         for k in range(where.mashing):
-            np.add.at(share.T, plane, exist[k])
-        part = np.divide(held, share, out=np.zeros_like(share), where=share > 0)
-        for k in range(where.mashing):
-            value = part.T[plane] * exist[k]  # [ring pair, radial]
-            np.add.at(out, (rings[:, 0, None], pairs[view, k, None, :, 0]), value)
-            np.add.at(out, (rings[:, 1, None], pairs[view, k, None, :, 1]), value)
-    return torch.from_numpy(out)
+            value = part[:, plane] * exist[k]
+            for end in (0, 1):
+                held = rings[orders[end][starts[end]], end]
+                summed = np.add.reduceat(value[:, orders[end]], starts[end], axis=1)
+                np.add.at(out, (pairs[view, k, :, None, end], held), summed)
+    return torch.from_numpy(out.T.copy())
 
 
 def fan_sum_efficiencies(fans: Tensor, scan: PETScanner) -> Tensor:

@@ -11,21 +11,19 @@ random coincidences. A is the linear part, scale * factors * P G.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Self
 
 import torch
 from torch import Tensor
 
 from recon3d import ops
-from recon3d.geometry import TOF, Events, PETGeometry, PETScanner, VolumeGrid
-from recon3d.operators.base import LinearOperator, Space
+from recon3d.geometry import PETGeometry, VolumeGrid
+from recon3d.operators.base import Space
+from recon3d.operators.pet_model import EmissionOperator, check_counts, checked_scale, sigma_voxels
+from recon3d.operators.pet_rebin import rebinned_fbp
 
-__all__ = ["PETListmode", "PETOperator", "herman_meyer", "quantitative_scale"]
-
-_FWHM = 2 * math.sqrt(2 * math.log(2))
+__all__ = ["PETOperator", "herman_meyer"]
 
 
 def herman_meyer(n: int) -> list[int]:
@@ -60,128 +58,7 @@ def herman_meyer(n: int) -> list[int]:
     return order
 
 
-def quantitative_scale(
-    duration_s: float,
-    half_life_s: float = math.inf,
-    *,
-    start_s: float = 0.0,
-    branching: float = 1.0,
-    dead_time: float = 1.0,
-    calibration: float = 1.0,
-) -> float:
-    """Counts that one Bq/mL over one mm of a line gives: the `scale` of a PET operator.
-
-        scale = calibration * branching / dead_time * duration * 2^(-start / half_life) * (1 - e^-a) / a,
-        a = ln 2 * duration / half_life
-
-    The last two terms are the decay from the reference time to the start of the frame and its mean over the frame; the
-    usual decay correction a / (1 - e^-a) is the inverse of the latter. The image is activity at the reference time.
-
-    Args:
-        duration_s: length of the frame.
-        half_life_s: of the isotope; infinite = no decay.
-        start_s: start of the frame after the time that the image's activity refers to.
-        branching: positrons per decay (F-18: 0.967).
-        dead_time: correction factor for lost coincidences, at least 1.
-        calibration: coincidences per second, positron per second and mL, and mm, that a bin with factor 1 counts.
-
-    Raises:
-        ValueError: a number outside its range.
-
-    >>> round(quantitative_scale(600.0, 6586.2, branching=0.967), 3)
-    562.261
-    """
-    for name, value, least in (
-        ("duration_s", duration_s, 0.0),
-        ("half_life_s", half_life_s, 0.0),
-        ("branching", branching, 0.0),
-        ("calibration", calibration, 0.0),
-    ):
-        if math.isnan(value) or value <= least or (math.isinf(value) and name != "half_life_s"):
-            raise ValueError(f"quantitative_scale: {name} must be positive, got {value}")
-    if branching > 1:
-        raise ValueError(f"quantitative_scale: branching is at most 1, got {branching}")
-    if not (math.isfinite(dead_time) and dead_time >= 1):
-        raise ValueError(
-            f"quantitative_scale: dead_time is the factor that corrects counts, at least 1, got {dead_time}; give the "
-            "inverse of a live-time fraction"
-        )
-    if not math.isfinite(start_s):
-        raise ValueError(f"quantitative_scale: start_s must be a time in seconds, got {start_s}")
-    rate = math.log(2) / half_life_s
-    a = rate * duration_s
-    mean = -math.expm1(-a) / a if a > 0 else 1.0
-    return calibration * branching / dead_time * duration_s * math.exp(-rate * start_s) * mean
-
-
-class _Emission(LinearOperator):
-    """What sinogram and list mode share: resolution model, factors, additive counts."""
-
-    coupling = "volume"
-    grid: VolumeGrid
-    factors: Tensor | None
-    additive: Tensor | None
-    scale: float
-    _sigma: tuple[float, float, float] | None
-
-    def _project(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _back_project(self, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def project(self, x: Tensor) -> Tensor:
-        """P G x alone, without scale and factors, which EM weighs in together with the counts."""
-        if tuple(x.shape[-3:]) != self.grid.shape:
-            raise ValueError(
-                f"{type(self).__name__}: the volume must end in {self.grid.shape}, got {tuple(x.shape)}; resample it "
-                "onto the grid of the operator"
-            )
-        if self._sigma is not None:
-            x = ops.gaussian_blur(x, self._sigma)
-        return self._project(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """scale * factors * P G x: expected true coincidences of x [..., z, y, x] in Bq/mL."""
-        return self._weighted(self.project(x))
-
-    def back_project(self, y: Tensor) -> Tensor:
-        """Transpose of project."""
-        if tuple(y.shape[-len(self.range.shape) :]) != self.range.shape:
-            raise ValueError(
-                f"{type(self).__name__}: the measurement must end in {self.range.shape}, got {tuple(y.shape)}"
-            )
-        x = self._back_project(y)
-        return x if self._sigma is None else ops.gaussian_blur(x, self._sigma)
-
-    def adjoint(self, y: Tensor) -> Tensor:
-        """Transpose of forward: counts to [..., z, y, x]."""
-        return self.back_project(self._weighted(y.clone() if not y.requires_grad and self._weighs else y))
-
-    def expected(self, x: Tensor) -> Tensor:
-        """Expected counts: forward(x) + additive."""
-        y = self.forward(x)
-        if self.additive is None:
-            return y
-        return y + self.additive if y.requires_grad else y.add_(self.additive.to(y.dtype))
-
-    @property
-    def _weighs(self) -> bool:
-        return self.factors is not None or self.scale != 1.0
-
-    def _weighted(self, y: Tensor) -> Tensor:
-        """scale * factors * y, in place where nobody looks."""
-        if not self._weighs:
-            return y
-        if y.requires_grad:
-            y = y * self.scale
-            return y if self.factors is None else y * self.factors.to(y.dtype)
-        if self.scale != 1.0:
-            y.mul_(self.scale)
-        return y if self.factors is None else y.mul_(self.factors.to(y.dtype))
-
-
-class PETOperator(_Emission):
+class PETOperator(EmissionOperator):
     """Activity [..., z, y, x] in Bq/mL to counts in sinogram bins [..., view, radial, (tof,) plane].
 
     The volume is centred on the scanner, whatever the affine of its grid says.
@@ -218,10 +95,10 @@ class PETOperator(_Emission):
     ) -> None:
         self.geometry = geometry
         self.grid = grid
-        self.scale = _scale(scale)
+        self.scale = checked_scale(scale)
         self.factors = _counts("factors", factors, geometry)
         self.additive = _counts("additive", additive, geometry)
-        self._sigma = _sigma_voxels(psf_fwhm_mm, grid)
+        self._sigma = sigma_voxels(psf_fwhm_mm, grid)
         self.psf_fwhm_mm = psf_fwhm_mm
         self.domain = Space(grid.shape, torch.float32, "Bq/mL")
         self.range = Space(geometry.shape, torch.float32, "counts")
@@ -257,8 +134,6 @@ class PETOperator(_Emission):
         Raises:
             NotImplementedError: the operator holds some of the views only.
         """
-        from recon3d.operators.pet_rebin import rebinned_fbp
-
         return rebinned_fbp(self, y)
 
     def to(self, device: torch.device | str) -> PETOperator:
@@ -299,128 +174,6 @@ class PETOperator(_Emission):
         return torch.device("cpu") if held is None else held.device
 
 
-class PETListmode(_Emission):
-    """Activity [..., z, y, x] in Bq/mL to the expected counts of the bins that events fell into, [..., n].
-
-    In the EM update every event stands for itself: y is 1 for each, and the sensitivity is that of all bins that could
-    have counted, which the events alone do not tell.
-
-    Args:
-        events: coincidences; delayed ones must have been taken out.
-        scanner: where the crystals are.
-        grid: the volume.
-        tof: time bins of the events; needed to use them.
-        factors: [n] of the bins that the events fell into; None = 1.
-        additive: [n] expected scattered and random counts of those bins; None = none.
-        sensitivity: [z, y, x], PETOperator(...).sensitivity() with the same factors and scale.
-        psf_fwhm_mm: resolution in the image, one width or (z, y, x).
-        scale: as in PETOperator.
-
-    Raises:
-        ValueError: shapes that do not fit, delayed events, or time bins that are missing.
-    """
-
-    def __init__(
-        self,
-        events: Events,
-        scanner: PETScanner,
-        grid: VolumeGrid,
-        *,
-        tof: TOF | None = None,
-        factors: Tensor | None = None,
-        additive: Tensor | None = None,
-        sensitivity: Tensor | None = None,
-        psf_fwhm_mm: float | Sequence[float] | None = None,
-        scale: float = 1.0,
-    ) -> None:
-        if not bool(events.prompt.all()):
-            raise ValueError("PETListmode: delayed events are no activity; give events[events.prompt]")
-        if tof is not None and events.tof_bins is None:
-            raise ValueError("PETListmode: tof was given but the events have no time bins")
-        self.events = events
-        self.scanner = scanner
-        self.grid = grid
-        self.tof = tof
-        self.scale = _scale(scale)
-        for name, value in (("factors", factors), ("additive", additive)):
-            if value is not None:
-                _check_counts(f"PETListmode: {name}", value)
-                if tuple(value.shape) != (len(events),):
-                    raise ValueError(f"PETListmode: {name} must be [{len(events)}], got {tuple(value.shape)}")
-        self.factors, self.additive = factors, additive
-        if sensitivity is not None and tuple(sensitivity.shape) != grid.shape:
-            raise ValueError(f"PETListmode: sensitivity must be {grid.shape}, got {tuple(sensitivity.shape)}")
-        self._given = sensitivity
-        self._sigma = _sigma_voxels(psf_fwhm_mm, grid)
-        self.psf_fwhm_mm = psf_fwhm_mm
-        self.domain = Space(grid.shape, torch.float32, "Bq/mL")
-        self.range = Space((len(events),), torch.float32, "counts")
-        self._points = torch.from_numpy(scanner.crystal_positions())
-        self._parts: dict[int, list[tuple[PETListmode, Tensor]]] = {}
-
-    def sensitivity(self) -> Tensor:
-        """What was given.
-
-        Raises:
-            ValueError: nothing was.
-        """
-        if self._given is None:
-            raise ValueError(
-                "PETListmode: events do not tell the sensitivity; give sensitivity=PETOperator(...).sensitivity()"
-            )
-        return self._given
-
-    def subsets(self, n: int) -> list[tuple[Self, Tensor]]:
-        """n subsets of every n-th event (operator, indices); each has an n-th of the sensitivity.
-
-        Raises:
-            ValueError: n is not between 1 and the number of events.
-        """
-        if int(n) != n or not 1 <= n <= len(self.events):
-            raise ValueError(f"PETListmode.subsets: 1..{len(self.events)} subsets possible, got {n}")
-        if n not in self._parts:
-            share = None if self._given is None else self._given / n
-            self._parts[n] = [self._part(k, n, share) for k in herman_meyer(n)]
-        return self._parts[n]  # type: ignore[return-value]
-
-    def _part(self, first: int, step: int, share: Tensor | None) -> tuple[PETListmode, Tensor]:
-        chosen = slice(first, None, step)
-        part = copy.copy(self)
-        part.events = self.events[chosen]
-        part.factors = None if self.factors is None else self.factors[chosen]
-        part.additive = None if self.additive is None else self.additive[chosen]
-        part.range = replace(self.range, shape=(len(part.events),))
-        part._given, part._parts = share, {}
-        return part, torch.arange(first, len(self.events), step)
-
-    def _project(self, x: Tensor) -> Tensor:
-        bins = self.events.tof_bins if self.tof is not None else None
-        return ops.joseph3d(x, self._points, self.events.pairs, self.grid.spacing_mm, tof=self.tof, tof_bins=bins)
-
-    def _back_project(self, y: Tensor) -> Tensor:
-        bins = self.events.tof_bins if self.tof is not None else None
-        return ops.joseph3d_adjoint(
-            y, self._points, self.events.pairs, self.grid.shape, self.grid.spacing_mm, tof=self.tof, tof_bins=bins
-        )
-
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self._given is None else self._given.device
-
-
-def _scale(scale: float) -> float:
-    value = float(scale)
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"PET: scale must be a positive number of counts per Bq/mL and mm, got {scale}")
-    return value
-
-
-def _check_counts(what: str, value: Tensor) -> None:
-    low = value.detach().amin()
-    # a sum meets every NaN and infinity without a mask as large as the data
-    if not (bool(low >= 0) and bool(value.detach().sum(dtype=torch.float64).isfinite())):
-        raise ValueError(f"{what} must be finite and not negative; the smallest is {float(low):.6g}")
-
-
 def _counts(name: str, value: Tensor | None, geometry: PETGeometry) -> Tensor | None:
     """Factors or additive counts, broadcastable to the bins, checked."""
     if value is None:
@@ -438,17 +191,5 @@ def _counts(name: str, value: Tensor | None, geometry: PETGeometry) -> Tensor | 
             f"PETOperator: {name} must be {shape} as [view, radial, {'tof, ' if len(shape) == 4 else ''}plane], or "
             f"broadcast to it, got {tuple(value.shape)}"
         )
-    _check_counts(f"PETOperator: {name}", value)
+    check_counts(f"PETOperator: {name}", value)
     return value
-
-
-def _sigma_voxels(fwhm_mm: float | Sequence[float] | None, grid: VolumeGrid) -> tuple[float, float, float] | None:
-    if fwhm_mm is None:
-        return None
-    widths = (fwhm_mm,) * 3 if isinstance(fwhm_mm, (int, float)) else tuple(fwhm_mm)
-    if len(widths) != 3 or not all(math.isfinite(w) and w >= 0 for w in widths):
-        raise ValueError(f"PET: psf_fwhm_mm must be one width in mm or three (z, y, x), got {fwhm_mm}")
-    if not any(widths):
-        return None
-    dz, dy, dx = grid.spacing_mm
-    return widths[0] / _FWHM / dz, widths[1] / _FWHM / dy, widths[2] / _FWHM / dx
