@@ -273,6 +273,7 @@ template <class T>
 void forward(const T* x, T* y, int64_t volumes, const Lines& lines, const RunRanges& run) {
   const LineKernels<T>& k = kernels<T>();
   const int64_t voxels = lines.grid.n[0] * lines.grid.n[1] * lines.grid.n[2], values = lines.values();
+  wish_large_pages(y, sizeof(T) * static_cast<size_t>(volumes * lines.n * values));  // written here and there
   LineJob<T> job = make_job<T>(lines);
   Order order;
   Layouts<T> layouts(lines.grid);
