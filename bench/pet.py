@@ -28,7 +28,7 @@ from recon3d.ops.joseph3d import _reference as lines_reference
 from recon3d.ops.joseph3d import _reference_adjoint as lines_reference_adjoint
 from recon3d.ops.joseph3d_sinogram import _reference as sinogram_reference
 from recon3d.ops.joseph3d_sinogram import _reference_adjoint as sinogram_reference_adjoint
-from recon3d.ops.rdp import _gradient, _value
+from recon3d.ops.rdp import _gradient
 from recon3d.ops.tof import tof_numbers
 
 TIME = TOF(bins=17, bin_mm=37.5, sigma_mm=25.5)
@@ -312,18 +312,12 @@ def _volumes(quick: bool, rounds: int, device: str) -> list[Row]:
             errors={"torch": relative_error(eager(), truth)}, bytes_moved=5 * x.nbytes, **settings,
         )  # fmt: skip
         numbers = (2.0, 1e-6, *weights)
-        exact, value = _gradient(x.double(), *numbers), _value(x, *numbers)
+        exact = _gradient(x.double(), *numbers)
         rows += compare(
             "pet", f"{words}, rdp along {axes}", "gradient", lambda axes=axes: ops.rdp_gradient(x, 2.0, 1e-6, axes),
             {"torch": lambda n=numbers: _gradient(x, *n), "copy of as many bytes": _copy(x, 2)},
             gates=[Gate("error", relative_error(ops.rdp_gradient(x, 2.0, 1e-6, axes), exact), LIMIT)],
             errors={"torch": relative_error(_gradient(x, *numbers), exact)}, bytes_moved=2 * x.nbytes, **settings,
-        )  # fmt: skip
-        rows += compare(
-            "pet", f"{words}, rdp along {axes}", "value", lambda axes=axes: ops.rdp(x, 2.0, 1e-6, axes),
-            {"torch": lambda n=numbers: _value(x, *n), "read": x.sum},
-            gates=[Gate("error", relative_error(ops.rdp(x, 2.0, 1e-6, axes), value), LIMIT)],
-            bytes_moved=x.nbytes, **settings,
         )  # fmt: skip
 
     def plain() -> Tensor:
