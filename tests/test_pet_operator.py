@@ -529,6 +529,24 @@ def test_fan_sums_find_the_efficiencies():
         fan_sum_efficiencies(torch.zeros(3, 3), scan)
 
 
+def test_gaps_both_ways_round_a_block():
+    """Virtual crystals at the end of a block and virtual rings, the last block of rings without its own."""
+    scan = ring_scanner(
+        rings=11, crystals=60, block_crystals=6, block_rings=4, gap_crystals=(5,), gap_rings=(3,), n_radial=40
+    )
+    real = torch.from_numpy(scan.real_crystals())
+    assert real.shape == (11, 60) and int(real.sum()) == 9 * 50
+    fans = torch.poisson(real.double() * 400, generator=torch.Generator().manual_seed(0))
+    found = fan_sum_efficiencies(fans, scan)
+    assert float(found[~real].abs().max()) == 0
+    assert float((found[real] - 1).abs().max()) < 0.15
+    geometry = pet_geometry(scan)
+    factors = efficiency_factors(real, geometry)
+    assert sorted(factors.unique().tolist()) == [0.0, 1.0]
+    randoms = randoms_from_delayed(torch.poisson(factors * 3, generator=torch.Generator().manual_seed(1)), geometry)
+    assert bool(randoms.isfinite().all()) and float(randoms[factors == 0].max()) == 0
+
+
 @pytest.mark.parametrize("tof", [None, TIME], ids=["plain", "tof"])
 def test_randoms_from_delayed(tof):
     scan = block_scanner()

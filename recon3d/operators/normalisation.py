@@ -176,8 +176,8 @@ def _levels(counts: Floats, real: NDArray[np.bool_], scan: PETScanner) -> tuple[
     level = np.ones_like(counts)
     for _ in range(8):  # profile and blocks are fitted in turn: the product model's maximum likelihood
         for group in (place_of, block_of):
-            have = np.bincount(group[real], counts[real])
-            want = np.bincount(group[real], (smooth * level)[real])
+            have = np.bincount(group[real], counts[real], group.max() + 1)
+            want = np.bincount(group[real], (smooth * level)[real], group.max() + 1)
             level = level * np.divide(have, want, out=np.zeros_like(want), where=want > 0)[group]
         smooth = _smooth(np.divide(counts, level, out=np.zeros_like(counts), where=level > 0), real & (level > 0), scan)
     expected = smooth * level

@@ -75,7 +75,7 @@ def parallel_sinogram(y: Tensor, geometry: PETGeometry) -> tuple[Tensor, Paralle
     # p(phi + pi, s) = p(phi, -s); a bin without a mirror image takes its neighbour's
     mirror = torch.from_numpy(np.clip(-t + n // 2, 0, n - 1))
     after = torch.cat([y[..., 1:, :], y[..., :1, :][..., mirror]], -2)
-    odd = torch.from_numpy(t % 2 == 1)
+    odd = torch.from_numpy(t % 2 == 1).to(y.device)
     share = 0.5 / geometry.mashing
     even_angles = torch.where(odd, (1 - share) * y + share * after, y)
     s = geometry.radial_mm()
