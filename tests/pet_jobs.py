@@ -48,9 +48,19 @@ def scan(counts=2e5, geometry=GEOMETRY):
     return activity, simulate_pet(activity, GRID, geometry, mu_per_mm=mu, counts=counts, psf_fwhm_mm=None, seed=1)
 
 
+class _AnySlice(GaussianPrior):
+    """The same spread for coronal and sagittal slices."""
+
+    def denoise(self, u, sigma, cond=None):
+        shape = tuple(u.shape[-2:])
+        if shape == tuple(self.spectrum.shape):
+            return super().denoise(u, sigma, cond)
+        return GaussianPrior(power_law(shape, 0.8 * self.scale), 0.0, 0.0, self.scale).denoise(u, sigma, cond)
+
+
 def prior(scale=1.0):
     """Of relative activities; its own unit plays no role."""
-    return GaussianPrior(power_law(GRID.slice_shape, 0.8 * scale), 0.0, 0.0, scale)
+    return _AnySlice(power_law(GRID.slice_shape, 0.8 * scale), 0.0, 0.0, scale)
 
 
 def pet_reconstruction(folder, prior_=None, recipe=None, geometry=GEOMETRY, **settings):

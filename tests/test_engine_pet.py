@@ -226,7 +226,8 @@ def test_a_guide_reaches_the_prior():
 
     _, made = scan()
     guide = torch.full(GRID.shape, 3.0)
-    small = load_recipe("pet", {"trajectory.levels": 2, "start.subsets": SUBSETS, "consistency.subsets": SUBSETS})
+    less = {"trajectory.levels": 2, "start.subsets": SUBSETS, "consistency.subsets": SUBSETS}
+    small = load_recipe("pet", {**less, "planes.kind": "axial"})
     reconstruct_pet(
         made.prompts, GEOMETRY, made.factors, made.additive, GRID, small, Guided(), scale=made.scale, guide=guide,
         workers=1,
