@@ -31,7 +31,8 @@ from recon3d.priors.scaled import ScaledPrior
 from recon3d.recipes.model import Recipe
 
 if TYPE_CHECKING:
-    from recon3d.engine.events import Events
+    from recon3d.engine.events import Events as Told
+    from recon3d.geometry import Events
     from recon3d.io.pet import PETData
 
 __all__ = ["PETScan", "load", "prepare", "typical_activity"]
@@ -302,7 +303,7 @@ def prepare(
     )
 
 
-def load(config: JobConfig, data: PETData, device: torch.device, events: Events) -> PETScan:
+def load(config: JobConfig, data: PETData, device: torch.device, events: Told) -> PETScan:
     """The scan of a job from what was read, with the terms that the job names.
 
     Factors that came with the counts hold attenuation and normalisation together and are taken as they are; where
@@ -400,13 +401,13 @@ def _normalisation(wanted: str, data: PETData, tell: Tell) -> Tensor:
 
 
 def _randoms(data: PETData, asked: bool, tell: Tell) -> Tensor | None:
-    delayed = data.delayed if data.delayed is not None else data.events
-    some = delayed is not None and (data.delayed is not None or bool((~data.events.prompt).any()))  # type: ignore[union-attr]
-    if not some:
+    delayed: Tensor | Events | None = data.delayed
+    if data.events is not None and bool((~data.events.prompt).any()):
+        delayed = data.events  # crystals are counted faster than bins
+    if delayed is None:
         if asked:
             raise ConfigError("input.randoms: delayed asked for, but the measurement has no delayed coincidences")
         return None
-    assert delayed is not None
     tell("randoms: estimated from the delayed coincidences; scatter is not corrected for")
     return randoms_from_delayed(delayed, data.geometry)
 
