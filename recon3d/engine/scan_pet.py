@@ -188,7 +188,7 @@ class PETScan(Scan):
 
     def data_fit(self, volume: Tensor) -> dict[str, Any] | None:
         """Counts against expected ones, a few views at a time."""
-        operator, chi2, used, expected, squared = self._operator, 0.0, 0, 0.0, 0.0
+        operator, chi2, used, expected, squared, power = self._operator, 0.0, 0, 0.0, 0.0, 0.0
         for part, index in operator.subsets(max(1, self.y.shape[0] // _TIMED_VIEWS)):
             y = self.y[index].double()
             mean = part.expected(volume.to(self.device)).cpu().double()
@@ -198,7 +198,7 @@ class PETScan(Scan):
             squared += float(difference.sum())
             expected += float(mean.sum())
             used += int(possible.sum())
-        power = float(self.y.double().square().sum())
+            power += float(y.square_().sum())
         return {
             "relative_residual": (squared / power) ** 0.5,
             "chi2_per_bin": chi2 / used if used else None,

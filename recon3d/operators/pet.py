@@ -11,6 +11,7 @@ random coincidences. A is the linear part, scale * factors * P G.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,6 +25,9 @@ from recon3d.operators.pet_model import EmissionOperator, check_counts, checked_
 from recon3d.operators.pet_rebin import rebinned_fbp
 
 __all__ = ["PETOperator", "herman_meyer"]
+
+# bins at a time of which a sensitivity is formed
+_SHARE = 1 << 23
 
 
 def herman_meyer(n: int) -> list[int]:
@@ -110,7 +114,13 @@ class PETOperator(EmissionOperator):
     def sensitivity(self) -> Tensor:
         """A^T 1, [z, y, x]; computed once."""
         if self._sensitivity is None:
-            self._sensitivity = self.adjoint(torch.ones(self.range.shape, device=self._device()))
+            # a share of the views at a time: ones for all bins would be a whole measurement
+            n = max(1, min(self.range.shape[0], math.prod(self.range.shape) // _SHARE))
+            total = torch.zeros(self.domain.shape, device=self._device())
+            for k in range(n):
+                part, _ = self._part(k, n)
+                total += part.adjoint(torch.ones(part.range.shape, device=self._device()))
+            self._sensitivity = total
         return self._sensitivity
 
     def subsets(self, n: int) -> list[tuple[PETOperator, Tensor]]:
