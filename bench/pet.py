@@ -135,12 +135,20 @@ def _sinogram(
     g = torch.Generator().manual_seed(0)
     size = (len(lines), *([tof.bins] if tof else []), len(segment))
     numbers = (*spacing, *tof_numbers("pet", tof))
+    rooms: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def forward(x: Tensor) -> Tensor:
+        # like parallelproj, whose caller owns the result: the memory of the call before
+        key = (x.dtype, x.device)
+        rooms[key] = ops.joseph3d_sinogram(x, lines, segments, spacing, tof=tof, out=rooms.get(key))
+        return rooms[key]
+
     return Case(
         words + (f", {tof.bins} time bins" if tof else ""),
         _disc(shape, g),
         torch.rand(size, generator=g),
         spacing,
-        lambda x: ops.joseph3d_sinogram(x, lines, segments, spacing, tof=tof),
+        forward,
         lambda y: ops.joseph3d_sinogram_adjoint(y, lines, segments, shape, spacing, tof=tof),
         lambda x: sinogram_reference(x, lines, segments, len(segment), *numbers),
         lambda y: sinogram_reference_adjoint(y, lines, segments, *shape, *numbers),

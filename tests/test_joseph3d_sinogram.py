@@ -376,3 +376,21 @@ def test_bad_input():
         joseph3d_sinogram_adjoint(torch.zeros(2, 3), lines, table, (5, 8, 8), one, tof=BINS[0])
     with pytest.raises(ValueError, match="shape must be three positive sizes"):
         joseph3d_sinogram_adjoint(torch.zeros(2, 3), lines, table, (5, 0, 8), one)
+
+
+def test_the_result_goes_where_it_is_asked_to():
+    line = torch.tensor([[-9.0, 0.3, 9.0, 1.0], [-9.0, -2.0, 9.0, 2.0]], dtype=torch.float64)
+    segments = torch.tensor([[-2.0, 0.0, 1.0, 5.0], [-1.0, 1.0, 1.0, 3.0]], dtype=torch.float64)
+    tof = TOF(bins=3, bin_mm=2.0, sigma_mm=1.5)
+    for lead, time in (((), None), ((2,), tof)):
+        x = torch.rand(*lead, 5, 6, 7)
+        want = joseph3d_sinogram(x, line, segments, (1.0, 1.0, 1.0), tof=time)
+        room = torch.full_like(want, math.nan)
+        got = joseph3d_sinogram(x, line, segments, (1.0, 1.0, 1.0), tof=time, out=room)
+        assert got.data_ptr() == room.data_ptr()
+        assert torch.equal(got, want)
+        for bad in (room[..., :-1], room.double(), room.mT.contiguous().mT):
+            with pytest.raises(ValueError, match="out must be contiguous"):
+                joseph3d_sinogram(x, line, segments, (1.0, 1.0, 1.0), tof=time, out=bad)
+    with pytest.raises(ValueError, match="keeps no gradients"):
+        joseph3d_sinogram(x.requires_grad_(), line, segments, (1.0, 1.0, 1.0), tof=tof, out=room)

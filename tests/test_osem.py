@@ -50,7 +50,7 @@ class Factored(Dense):
         super().__init__(0.25 * factors[..., None] * matrix, additive)
         self.plain, self.factors = matrix, factors
 
-    def project(self, x):
+    def project(self, x, out=None):
         return self.plain.to(x.dtype) @ x.flatten()
 
     def back_project(self, y):

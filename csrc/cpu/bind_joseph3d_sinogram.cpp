@@ -50,28 +50,45 @@ std::vector<int64_t> leading(const Tensor& t, int64_t tail, int64_t* volumes) {
   return shape;
 }
 
-Tensor joseph3d_sinogram(const Tensor& x, const Tensor& lines, const Tensor& segments, int64_t planes, double dz,
-                         double dy, double dx, int64_t tof_bins, double tof_bin_mm, double tof_sigma_mm,
-                         double tof_truncation) {
+// The sinogram of x into y, or into a new tensor where y is null.
+Tensor project(const Tensor& x, const Tensor& lines, const Tensor& segments, int64_t planes, double dz, double dy,
+               double dx, const Tof& tof, const Tensor* given) {
   STD_TORCH_CHECK(x.dim() >= 3, "joseph3d_sinogram: x must be [..., z, y, x]");
   const Tensor xc = torch::stable::contiguous(x), lc = torch::stable::contiguous(lines),
                sc = torch::stable::contiguous(segments);
   const int64_t d = x.dim();
-  const Sinogram s = sinogram_of(lc, sc, planes, {{x.size(d - 3), x.size(d - 2), x.size(d - 1)}, {dz, dy, dx}},
-                                 {tof_bins, tof_bin_mm, tof_sigma_mm, tof_truncation});
+  const Sinogram s = sinogram_of(lc, sc, planes, {{x.size(d - 3), x.size(d - 2), x.size(d - 1)}, {dz, dy, dx}}, tof);
   int64_t volumes;
   std::vector<int64_t> shape = leading(x, 3, &volumes);
   shape.push_back(s.line_count);
-  if (tof_bins) shape.push_back(tof_bins);
+  if (tof.bins) shape.push_back(tof.bins);
   shape.push_back(planes);
-  Tensor y = torch::stable::new_empty(x, shape);
+  Tensor y = given ? *given : torch::stable::new_empty(x, shape);
   if (y.numel()) {
     RECON3D_REAL(x, "joseph3d_sinogram", {
-      wish_large_pages(out<scalar_t>(y), y.numel() * sizeof(scalar_t));
+      if (!given) wish_large_pages(out<scalar_t>(y), y.numel() * sizeof(scalar_t));
       joseph3d_sinogram_cpu(in<scalar_t>(xc), out<scalar_t>(y), volumes, s, ranges());
     })
   }
   return y;
+}
+
+Tensor joseph3d_sinogram(const Tensor& x, const Tensor& lines, const Tensor& segments, int64_t planes, double dz,
+                         double dy, double dx, int64_t tof_bins, double tof_bin_mm, double tof_sigma_mm,
+                         double tof_truncation) {
+  const Tof tof{tof_bins, tof_bin_mm, tof_sigma_mm, tof_truncation};
+  return project(x, lines, segments, planes, dz, dy, dx, tof, nullptr);
+}
+
+void joseph3d_sinogram_into_(Tensor y, const Tensor& x, const Tensor& lines, const Tensor& segments, int64_t planes,
+                             double dz, double dy, double dx, int64_t tof_bins, double tof_bin_mm, double tof_sigma_mm,
+                             double tof_truncation) {
+  int64_t size = lines.size(0) * planes * (tof_bins ? tof_bins : 1);
+  for (int64_t k = 0; k + 3 < x.dim(); ++k) size *= x.size(k);
+  STD_TORCH_CHECK(y.numel() == size && y.scalar_type() == x.scalar_type() && y.is_contiguous() && y.is_cpu(),
+                  "joseph3d_sinogram: the result does not fit its place");
+  const Tof tof{tof_bins, tof_bin_mm, tof_sigma_mm, tof_truncation};
+  project(x, lines, segments, planes, dz, dy, dx, tof, &y);
 }
 
 Tensor joseph3d_sinogram_adjoint(const Tensor& y, const Tensor& lines, const Tensor& segments, int64_t nz, int64_t ny,
@@ -101,5 +118,6 @@ Tensor joseph3d_sinogram_adjoint(const Tensor& y, const Tensor& lines, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(recon3d, CPU, m) {
   m.impl("joseph3d_sinogram", TORCH_BOX(&recon3d::joseph3d_sinogram));
+  m.impl("joseph3d_sinogram_into_", TORCH_BOX(&recon3d::joseph3d_sinogram_into_));
   m.impl("joseph3d_sinogram_adjoint", TORCH_BOX(&recon3d::joseph3d_sinogram_adjoint));
 }

@@ -341,13 +341,17 @@ class _Part:
         projection, additive = self.operator(x), self._additive(x)
         return projection if additive is None else projection + additive
 
-    def back(self, x: Tensor, y: Tensor) -> Tensor:
-        """A^T (y / (A x + b)); factors join in the pass over the measurement where the operator offers P alone."""
+    def back(self, x: Tensor, y: Tensor, rooms: dict[torch.Size, Tensor]) -> Tensor:
+        """A^T (y / (A x + b)); factors join in the pass over the measurement where the operator offers P alone.
+
+        Projections go where an earlier one of their size went: fresh memory may cost more than they do.
+        """
         a: Any = self.operator
         additive = self._additive(y)
         if hasattr(a, "project") and hasattr(a, "back_project"):
             factors = None if a.factors is None else a.factors.to(y)
-            out: Tensor = a.back_project(ops.poisson_ratio(y, a.project(x), factors, additive, a.scale))
+            projection = rooms[y.shape] = a.project(x, rooms.get(y.shape))
+            out: Tensor = a.back_project(ops.poisson_ratio(y, projection, factors, additive, a.scale))
             return out
         out = a.adjoint(ops.poisson_ratio(y, a(x), None, additive))
         return out
@@ -409,11 +413,12 @@ def _iterate(
 ) -> Tensor:
     parts = _parts(operator, subsets)
     x = _start(x, _whole(operator, subsets, y)[0])
+    rooms: dict[torch.Size, Tensor] = {}
     for i in range(start, start + iterations):
         part = parts[i % subsets]
         x = ops.em_update(
             x,
-            part.back(x, part.data(y)),
+            part.back(x, part.data(y), rooms),
             part.sensitivity(y),
             anchor=anchor if prior.anchor_weight else None,
             anchor_weight=prior.anchor_weight,

@@ -1,8 +1,8 @@
 """Cylindrical PET scanners made of blocks of crystals, and the numbers of a few that are public.
 
-Crystal c of a ring sits at the angle psi = 2 pi c / N + tilt with X = r sin(psi), Y = -r cos(psi): crystal 0 above the
-patient, the next ones towards the patient's left. Ring k lies at z = (k - (rings-1)/2) pitch, counted from the feet of a patient who lies head first
-(vendors may count from the head: readers turn rings round). Blocks are taken as
+Crystal c of a ring sits at the angle psi = 2 pi c / N + tilt with X = r sin(psi), Y = -r cos(psi): crystal 0 above
+the patient, the next ones towards the patient's left. Ring k lies at z = (k - (rings-1)/2) pitch, counted from the
+feet of a patient who lies head first (vendors may count from the head: readers turn rings round). Blocks are taken as
 bent: every crystal at the same distance from the axis, which is the inner radius and the mean depth of interaction.
 """
 

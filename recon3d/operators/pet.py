@@ -169,8 +169,10 @@ class PETOperator(EmissionOperator):
         part._sensitivity, part._parts = None, {}
         return part, views
 
-    def _project(self, x: Tensor) -> Tensor:
-        y = ops.joseph3d_sinogram(x, self._lines, self._segments, self.grid.spacing_mm, tof=self.geometry.tof)
+    def _project(self, x: Tensor, out: Tensor | None) -> Tensor:
+        if out is not None:
+            out = out.view(*x.shape[:-3], -1, *self.range.shape[2:])
+        y = ops.joseph3d_sinogram(x, self._lines, self._segments, self.grid.spacing_mm, tof=self.geometry.tof, out=out)
         return y.reshape(*x.shape[:-3], *self.range.shape)
 
     def _back_project(self, y: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class PETListmode(EmissionOperator):
         part._given, part._parts = share, {}
         return part, torch.arange(first, len(self.events), step)
 
-    def _project(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor, out: Tensor | None) -> Tensor:
         bins = self.events.tof_bins if self.tof is not None else None
         return ops.joseph3d(x, self._points, self.events.pairs, self.grid.spacing_mm, tof=self.tof, tof_bins=bins)
 

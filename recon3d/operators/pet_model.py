@@ -26,14 +26,19 @@ class EmissionOperator(LinearOperator):
     scale: float
     _sigma: tuple[float, float, float] | None
 
-    def _project(self, x: Tensor) -> Tensor:
+    def _project(self, x: Tensor, out: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def _back_project(self, y: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def project(self, x: Tensor) -> Tensor:
-        """P G x alone, without scale and factors, which EM weighs in together with the counts."""
+    def project(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """P G x alone, without scale and factors, which EM weighs in together with the counts.
+
+        Args:
+            x: activity [..., z, y, x].
+            out: what an earlier call gave for as many volumes, to be overwritten; sinograms alone take it.
+        """
         if tuple(x.shape[-3:]) != self.grid.shape:
             raise ValueError(
                 f"{type(self).__name__}: the volume must end in {self.grid.shape}, got {tuple(x.shape)}; resample it "
@@ -41,7 +46,7 @@ class EmissionOperator(LinearOperator):
             )
         if self._sigma is not None:
             x = ops.gaussian_blur(x, self._sigma)
-        return self._project(x)
+        return self._project(x, out)
 
     def forward(self, x: Tensor) -> Tensor:
         """scale * factors * P G x: expected true coincidences of x [..., z, y, x] in Bq/mL."""

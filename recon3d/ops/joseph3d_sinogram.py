@@ -49,6 +49,7 @@ def joseph3d_sinogram(
     spacing_mm: tuple[float, float, float],
     *,
     tof: TOF | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Line integrals of every volume along every line of every plane of the segments.
 
@@ -59,6 +60,8 @@ def joseph3d_sinogram(
             (all in mm) and the number of planes. The distance must be a positive whole number of voxels.
         spacing_mm: (dz, dy, dx), distance of voxels in mm.
         tof: time-of-flight bins along the lines; None for plain line integrals.
+        out: where the result goes, contiguous and of its shape; loops that give one again spare fresh memory, which
+            costs more than the projection where bins are many. No gradients then.
 
     Returns:
         [..., L, P], with tof [..., L, T, P]; P planes in all, those of one segment after those of the one before. x's
@@ -66,7 +69,7 @@ def joseph3d_sinogram(
 
     Raises:
         ValueError: a shape or size that does not fit, an end that is not finite, a line or plane distance of length 0,
-            a plane distance that is no whole number of voxels.
+            a plane distance that is no whole number of voxels, or out that does not fit.
         TypeError: x is neither float32 nor float64, or lines or segments are not float64.
 
     Kernels: torch (any device), C++ (CPU), CUDA. A line's values depend neither on the other lines nor on threads.
@@ -82,7 +85,14 @@ def joseph3d_sinogram(
     planes = _check_sinogram("joseph3d_sinogram", lines, segments, spacing[0])
     numbers = tof_numbers("joseph3d_sinogram", tof)
     _library.ensure()
-    out: Tensor = torch.ops.recon3d.joseph3d_sinogram(x, lines, segments, planes, *spacing, *numbers)
+    op = torch.ops.recon3d.joseph3d_sinogram
+    if out is None:
+        made: Tensor = op(x, lines, segments, planes, *spacing, *numbers)
+        return made
+    _check_out(out, x, (*x.shape[:-3], len(lines), *([numbers[0]] if numbers[0] else []), planes))
+    if x.is_cuda:  # a copy is cheap there
+        return out.copy_(op(x, lines, segments, planes, *spacing, *numbers))
+    torch.ops.recon3d.joseph3d_sinogram_into_(out, x, lines, segments, planes, *spacing, *numbers)
     return out
 
 
@@ -173,6 +183,16 @@ def _check_sinogram(op: str, lines: Tensor, segments: Tensor, dz: float) -> int:
         if max(abs(z), abs(delta)) > 1e6 * dz:
             raise ValueError(f"{op}: a segment at {z:.6g} mm with z1 - z0 = {delta:.6g} mm is far away; check its unit")
     return int(segments[:, 3].sum())
+
+
+def _check_out(out: Tensor, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device or not out.is_contiguous():
+        raise ValueError(
+            f"joseph3d_sinogram: out must be contiguous, {shape}, {x.dtype} on {x.device}, got {tuple(out.shape)}, "
+            f"{out.dtype} on {out.device}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise ValueError("joseph3d_sinogram: out keeps no gradients; leave it out or use torch.no_grad()")
 
 
 class _Lines(NamedTuple):
@@ -287,6 +307,10 @@ def _reference(
     return out.reshape(*lead, *out.shape[1:])
 
 
+def _reference_into(y: Tensor, x: Tensor, *rest: Any) -> None:
+    y.copy_(_reference(x, *rest))
+
+
 def _reference_adjoint(
     y: Tensor,
     lines: Tensor,
@@ -352,6 +376,11 @@ _library.define(
     ),
     backward=_backward,
     setup_context=_setup,
+)
+_library.define(
+    f"joseph3d_sinogram_into_(Tensor(a!) y, Tensor x, Tensor lines, Tensor segments, int planes, {_SCALARS}) -> ()",
+    _reference_into,
+    lambda *_: None,
 )
 _library.define(
     f"joseph3d_sinogram_adjoint(Tensor y, Tensor lines, Tensor segments, int nz, int ny, int nx, {_SCALARS}) -> Tensor",
