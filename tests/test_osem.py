@@ -449,3 +449,19 @@ def test_bad_input():
         OrderedSubsets(target="likelihood")
     with pytest.raises(ValueError, match="value_scale must be finite and positive, got 0"):
         OrderedSubsets(value_scale=0.0)
+
+
+@pytest.mark.parametrize(("rule", "power"), [("relative", 0.0), ("noise", -0.7), ("absolute", -1.0)])
+def test_the_smoothing_of_a_rule_follows_the_counts_of_a_voxel(rule, power):
+    """beta R(x) against the log-likelihood, which is in proportion to counts; the unit of activity does not matter."""
+
+    def strength(times, unit):
+        a = scanner(additive=False)
+        a.matrix = a.matrix * (times / unit)  # x in units of `unit`, `times` the counts
+        y, mean = a(unit * TRUTH), mean_sensitivity(a, a(unit * TRUTH))
+        part = OrderedSubsets(rdp=0.3, rdp_rule=rule, value_scale=2.0 * unit, anchor=Rho("relative", 0.1))
+        return part._prior(y, a, level()).rdp / mean
+
+    assert strength(1.0, 1.0) > 0
+    assert strength(4.0, 1.0) == pytest.approx(4**power * strength(1.0, 1.0), rel=1e-9)
+    assert strength(1.0, 1e3) == pytest.approx(strength(1.0, 1.0), rel=1e-9)

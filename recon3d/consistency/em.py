@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 22
+# how smoothing falls with the counts of a voxel: at 22, 88 and 350 of them the best strengths of the default PET
+# recipe, on simulated scans of subjects its prior was trained on, lie on this power
+_SMOOTHING = 0.7
 
 
 def poisson_log_likelihood(y: Tensor, expected: Tensor) -> float:
@@ -188,7 +191,8 @@ class OrderedSubsets:
         rdp: strength of the relative difference prior.
         rdp_rule: "relative" is beta / mean(s), "absolute" beta value_scale, both pure numbers; the second weighs R of
             the image in units of value_scale against the log-likelihood, whatever the number of counts. "noise" lies
-            between, beta sqrt(value_scale / mean(s)): four times the counts take half the smoothing.
+            between, beta / mean(s) = rdp N^-0.7 with N = mean(s) value_scale, the counts that a voxel of typical
+            activity gives: four times the counts take 0.38 times the smoothing, as the best strength was found to do.
         value_scale: a typical activity, such as the prior's scale; the unit of epsilon and floor.
         gamma: of the relative difference prior.
         epsilon: of the relative difference prior, in units of value_scale.
@@ -278,7 +282,8 @@ class OrderedSubsets:
         weight = self.anchor.at(level.sigma, lambda: mean / self.value_scale) if self.anchor else 0.0
         unit = self.value_scale
         spacing = _spacing(operator, self.spacing_mm)
-        per_strength = {"relative": mean, "noise": math.sqrt(mean / unit), "absolute": 1 / unit}
+        smoothing = (mean * unit) ** -_SMOOTHING if mean > 0 else 0.0
+        per_strength = {"relative": mean, "noise": mean * smoothing, "absolute": 1 / unit}
         beta = self.rdp * per_strength[self.rdp_rule]
         return _Prior(weight, beta, self.gamma, self.epsilon * unit, self.axes, spacing, self.form, self.floor * unit)
 

@@ -140,7 +140,7 @@ class RegulariserSection(_Section):
     rule: Literal["relative", "absolute", "noise"] = Field(
         "relative",
         description="rdp: strength is of the mean of A^T 1, of the log-likelihood in network units, or between them "
-        "(noise): of the root of the counts of a voxel",
+        "(noise): of the mean of A^T 1 over N^0.7, N the counts of a voxel",
     )
     gamma: float = Field(2.0, ge=0, description="rdp: larger keeps edges; at least 1 with form surrogate")
     epsilon: float = Field(1e-3, gt=0, description="rdp: sums of activities below count as this, network units")
