@@ -164,6 +164,7 @@ def run_one(job: CountsJob, folder: Path, say: Say, listener: Listener) -> dict[
         reference=truth,
         metrics=figures,
         unit="au",
+        window=(0.0, span),  # the spheres are few voxels, and what the picture is for
         title=job.title,
     )
     write_nifti(folder / "reference.nii.gz", truth, grid, label="Bq/mL")

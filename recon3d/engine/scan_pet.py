@@ -216,7 +216,10 @@ class PETScan(Scan):
     def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:
         direct = self._operator.pinv(self.y.to(self.device)).cpu().clamp_min(0)
         factor, _ = self._written(output)
-        return Pictures({"rebinned filtered back projection": direct * factor, name: volume * factor}, {"unit": "au"})
+        # hot spots are few voxels, and what one looks for
+        top = max(float(np.percentile(volume.numpy(), 99.9)) * factor, float(np.finfo(np.float32).tiny))
+        shown = {"rebinned filtered back projection": direct * factor, name: volume * factor}
+        return Pictures(shown, {"unit": "au", "window": (0.0, top)})
 
     def save(self, path: Path, volume: Tensor, output: OutputConfig) -> None:
         """Bq/mL, or SUV by body weight; the header says which."""
