@@ -39,8 +39,8 @@ __all__ = [
 ]
 
 _CHUNK = 1 << 22
-# how smoothing falls with the counts of a voxel: at 22, 88 and 350 of them the best strengths of the default PET
-# recipe, on simulated scans of subjects its prior was trained on, lie on this power
+# how smoothing falls with the counts of a voxel: a fit by hand to three levels of counts (about 22, 88 and 350 of them)
+# of simulated scans of subjects that the packaged prior was trained on
 _SMOOTHING = 0.7
 
 
@@ -192,7 +192,7 @@ class OrderedSubsets:
         rdp_rule: "relative" is beta / mean(s), "absolute" beta value_scale, both pure numbers; the second weighs R of
             the image in units of value_scale against the log-likelihood, whatever the number of counts. "noise" lies
             between, beta / mean(s) = rdp N^-0.7 with N = mean(s) value_scale, the counts that a voxel of typical
-            activity gives: four times the counts take 0.38 times the smoothing, as the best strength was found to do.
+            activity gives: four times the counts take 0.38 times the smoothing.
         value_scale: a typical activity, such as the prior's scale; the unit of epsilon and floor.
         gamma: of the relative difference prior.
         epsilon: of the relative difference prior, in units of value_scale.

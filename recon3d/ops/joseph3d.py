@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["joseph3d", "joseph3d_adjoint"]
 
 # as in radon: a line at 45 degrees steps over the same axis whatever the last bit of its direction
-_TIE = 1.0 - 1e-9
+TIE = 1.0 - 1e-9
 # a plane through an end point belongs to the segment; in voxels
-_SLACK = 1e-9
+SLACK = 1e-9
 # elements of the reference's largest temporaries
 _CHUNK = 1 << 20
 
@@ -71,7 +71,7 @@ def joseph3d(
     >>> joseph3d(torch.ones(3, 4, 3), ends, torch.tensor([[0, 1]]), (1.0, 0.5, 1.0)).tolist()
     [2.0]
     """
-    spacing = _check("joseph3d", x, spacing_mm)
+    spacing = check_data("joseph3d", x, spacing_mm)
     if x.ndim < 3 or 0 in x.shape[-3:]:
         raise ValueError(f"joseph3d: x must be [..., z, y, x] and not empty, got shape {tuple(x.shape)}")
     lines = _check_lines("joseph3d", points, pairs, tof, tof_bins)
@@ -115,7 +115,7 @@ def joseph3d_adjoint(
     >>> joseph3d_adjoint(torch.tensor([3.0]), ends, torch.tensor([[0, 1]]), (1, 2, 3), (1.0, 0.5, 1.0)).tolist()
     [[[0.0, 1.5, 0.0], [0.0, 1.5, 0.0]]]
     """
-    spacing = _check("joseph3d_adjoint", y, spacing_mm)
+    spacing = check_data("joseph3d_adjoint", y, spacing_mm)
     lines = _check_lines("joseph3d_adjoint", points, pairs, tof, tof_bins)
     tail = (len(pairs),) if tof is None or tof_bins is not None else (len(pairs), int(tof.bins))
     if tuple(y.shape[y.ndim - len(tail) :]) != tail:
@@ -130,13 +130,14 @@ def joseph3d_adjoint(
     return out
 
 
-def _check(op: str, data: Tensor, spacing_mm: tuple[float, float, float]) -> tuple[float, ...]:
+def check_data(op: str, data: Tensor, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
+    """The spacing as numbers, of data that either projector takes."""
     if data.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: float32 or float64 needed, got {data.dtype}")
     spacing = tuple(float(s) for s in spacing_mm)
     if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"{op}: spacing_mm must be three positive lengths (dz, dy, dx), got {tuple(spacing_mm)}")
-    return spacing
+    return spacing[0], spacing[1], spacing[2]
 
 
 def _check_lines(
@@ -199,8 +200,8 @@ def _rays(
     delta = p1 - p0
     length = delta.norm(dim=1)
     z, y, x = delta.abs().unbind(1)
-    along = torch.where(y < x * _TIE, 2, 1)
-    main = torch.where(torch.maximum(y, x) < z * _TIE, 0, along)
+    along = torch.where(y < x * TIE, 2, 1)
+    main = torch.where(torch.maximum(y, x) < z * TIE, 0, along)
     for axis in range(3):
         which = ((main == axis) & (length > 0)).nonzero()[:, 0]
         if not len(which):
@@ -210,8 +211,8 @@ def _rays(
         o, d, total = p0[which], delta[which], length[which]
         # index of p0 on the main axis and planes from there to p1
         start, reach = o[:, axis] / spacing[axis] + half[axis], d[:, axis] / spacing[axis]
-        first = (torch.minimum(start, start + reach) - _SLACK).ceil().clamp(0, shape[axis])
-        last = (torch.maximum(start, start + reach) + _SLACK).floor().clamp(-1, shape[axis] - 1)
+        first = (torch.minimum(start, start + reach) - SLACK).ceil().clamp(0, shape[axis])
+        last = (torch.maximum(start, start + reach) + SLACK).floor().clamp(-1, shape[axis] - 1)
         slopes = [d[:, k] / spacing[k] / reach for k in others]
         at_zero = [o[:, k] / spacing[k] + half[k] - s * start for k, s in zip(others, slopes, strict=True)]
         per_plane = total / reach

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from recon3d.ops import _library
+from recon3d.ops.joseph3d import SLACK, TIE, check_data
 from recon3d.ops.tof import tof_numbers, tof_weights
 
 if TYPE_CHECKING:
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["joseph3d_sinogram", "joseph3d_sinogram_adjoint"]
 
-# as in radon: a line at 45 degrees steps over rows, whatever the last bit of its direction
-_TIE = 1.0 - 1e-9
-# a plane of voxels through an end point is met; in voxels
-_SLACK = 1e-9
 # how far plane distances may be from whole voxels, in voxels
 _WHOLE = 1e-4
 # elements of the reference's largest temporaries
@@ -79,7 +76,7 @@ def joseph3d_sinogram(
     >>> joseph3d_sinogram(torch.ones(3, 4, 3), line, direct, (1.0, 0.5, 1.0)).tolist()
     [[2.0, 2.0, 2.0]]
     """
-    spacing = _check("joseph3d_sinogram", x, spacing_mm)
+    spacing = check_data("joseph3d_sinogram", x, spacing_mm)
     if x.ndim < 3 or 0 in x.shape[-3:]:
         raise ValueError(f"joseph3d_sinogram: x must be [..., z, y, x] and not empty, got shape {tuple(x.shape)}")
     planes = _check_sinogram("joseph3d_sinogram", lines, segments, spacing[0])
@@ -132,7 +129,7 @@ def joseph3d_sinogram_adjoint(
     [[[0.0, 0.5, 0.0]], [[0.0, 1.5, 0.0]]]
     """
     op = "joseph3d_sinogram_adjoint"
-    spacing = _check(op, y, spacing_mm)
+    spacing = check_data(op, y, spacing_mm)
     planes = _check_sinogram(op, lines, segments, spacing[0])
     numbers = tof_numbers(op, tof)
     tail = (len(lines), numbers[0], planes) if numbers[0] else (len(lines), planes)
@@ -147,15 +144,6 @@ def joseph3d_sinogram_adjoint(
     sizes = (int(n) for n in shape)
     out: Tensor = torch.ops.recon3d.joseph3d_sinogram_adjoint(y, lines, segments, *sizes, *spacing, *numbers)
     return out
-
-
-def _check(op: str, data: Tensor, spacing_mm: tuple[float, float, float]) -> tuple[float, float, float]:
-    if data.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op}: float32 or float64 needed, got {data.dtype}")
-    spacing = tuple(float(s) for s in spacing_mm)
-    if len(spacing) != 3 or not all(math.isfinite(s) and s > 0 for s in spacing):
-        raise ValueError(f"{op}: spacing_mm must be three positive lengths (dz, dy, dx), got {tuple(spacing_mm)}")
-    return spacing[0], spacing[1], spacing[2]
 
 
 def _check_sinogram(op: str, lines: Tensor, segments: Tensor, dz: float) -> int:
@@ -212,7 +200,7 @@ class _Lines(NamedTuple):
 def _lines_along(lines: Tensor, columns: bool, shape: tuple[int, ...], spacing: tuple[float, ...]) -> _Lines:
     """Lines that step over columns, or those that step over rows."""
     y0, x0, y1, x1 = lines.unbind(1)
-    steep = (y1 - y0).abs() < (x1 - x0).abs() * _TIE
+    steep = (y1 - y0).abs() < (x1 - x0).abs() * TIE
     which = (steep == columns).nonzero()[:, 0]
     main, cross = (2, 1) if columns else (1, 2)
     # index of both ends on the main axis and on the other one
@@ -222,8 +210,8 @@ def _lines_along(lines: Tensor, columns: bool, shape: tuple[int, ...], spacing: 
     )
     length = torch.hypot((y1 - y0)[which], (x1 - x0)[which])
     b, dt = (c1 - c0) / (s1 - s0), 1 / (s1 - s0)
-    first = (torch.minimum(s0, s1) - _SLACK).ceil().clamp(0, shape[main])
-    last = (torch.maximum(s0, s1) + _SLACK).floor().clamp(-1, shape[main] - 1)
+    first = (torch.minimum(s0, s1) - SLACK).ceil().clamp(0, shape[main])
+    last = (torch.maximum(s0, s1) + SLACK).floor().clamp(-1, shape[main] - 1)
     return _Lines(which, first, last, c0 - b * s0, b, -s0 * dt - 0.5, dt, length, length * dt.abs())
 
 
