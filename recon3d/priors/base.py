@@ -34,6 +34,9 @@ class ModelCard(BaseModel):
     unit: str = Field("a.u.", description="the user unit")
     value_range: tuple[float, float] | None = Field(None, description="trained user values, [low, high]")
     channels: int = Field(1, ge=1)
+    positions: bool = Field(
+        False, description="the network's last two input channels say where a pixel lies: recon3d.priors.positions"
+    )
     path: Literal["edm", "ve", "vp", "vp_continuous", "flow", "exact"] = "edm"
     schedule: dict[str, float | str] = Field(default_factory=dict, description="of the path, such as beta_max")
     prediction: Literal["edm", "x0", "eps", "score", "v", "flow"] = Field(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from recon3d.priors.base import ModelCard
 from recon3d.priors.networks import Network
 from recon3d.priors.paths import noise_path, to_denoiser
+from recon3d.priors.positions import positions
 
 __all__ = ["NetworkPrior", "check_sigma", "compute_dtype"]
 
@@ -96,6 +97,9 @@ class NetworkPrior:
         def net(y: Tensor, t: float) -> Tensor:
             if dh or dw:
                 y = F.pad(y, (0, dw, 0, dh), mode="reflect" if dh < h and dw < w else "replicate")
+            if self.card.positions:
+                where = positions((h + dh, w + dw), (h, w), device=y.device)
+                y = torch.cat([y, where.expand(len(y), -1, -1, -1)], dim=1)
             time = torch.full((1,), t, dtype=torch.float32, device=x.device)
             out: Tensor = self._net(y.contiguous(memory_format=torch.channels_last), time)
             # networks that learned a variance too give it in further channels
@@ -104,7 +108,8 @@ class NetworkPrior:
         if self._path is not None:
             kind, path = self._path
             s = path.s(t := path.time(sigma))
-            return to_denoiser(net(s * x, sigma if self._net.clock == "sigma" else t), x, sigma, kind, s)
+            seen = {"time": t, "sigma": sigma, "log_sigma": math.log(sigma) / 4}[self._net.clock]
+            return to_denoiser(net(s * x, seen), x, sigma, kind, s)
         # the coefficients of recon3d.priors.networks.edm, in double precision
         d = self.card.sigma_data or 1.0
         norm = 1 / math.hypot(sigma, d)

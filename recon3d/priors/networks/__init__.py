@@ -21,7 +21,8 @@ class Network(Protocol):
     """F(x, t): [b, c, row, col] and one number per image, or [1] for all -> [b, c_out, row, col]."""
 
     config: Any  # has `multiple`, which image sides must be multiples of
-    clock: ClassVar[Literal["time", "sigma"]]  # what t is: the path's time, or the noise level itself
+    # what t is: the path's time, the noise level itself, or log(sigma)/4 (on an EDM path always the last)
+    clock: ClassVar[Literal["time", "sigma", "log_sigma"]]
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor: ...
 

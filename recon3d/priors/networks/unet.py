@@ -50,7 +50,7 @@ class UNet(nn.Module):
     torch.Size([2, 1, 6, 10])
     """
 
-    clock: ClassVar[Literal["time", "sigma"]] = "time"
+    clock: ClassVar[Literal["time", "sigma", "log_sigma"]] = "log_sigma"
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
