@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from recon3d.io import BadInput
-from recon3d.priors import ModelCard, Prior, check_plane, load_prior, packaged_priors
+from recon3d.priors import ConditionCard, ModelCard, Prior, check_plane, condition_volume, load_prior, packaged_priors
 from recon3d.priors.checkpoints import build_network, read_folder, write_folder
 from recon3d.priors.complex import complex_prior
 from recon3d.priors.network_prior import NetworkPrior, check_sigma, compute_dtype
@@ -344,6 +344,53 @@ def test_gradient_only_when_asked():
 def test_denoise_rejects(u, sigma, cond, says):
     with pytest.raises(ValueError, match=says):
         NetworkPrior(_net(), _card()).denoise(u, sigma, cond)
+
+
+COND = ConditionCard(what="T1-weighted MR", percentile=99, offset=0.2, scale=2.0)
+
+
+def _conditional(**changes) -> tuple[NetworkPrior, EDMDenoiser]:
+    """One channel of state and one of condition, with weights that are not zero anywhere."""
+    net = UNet(TINY.model_copy(update={"in_channels": 2}))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator))
+    card = _card().model_copy(update={"cond_channels": 1, "condition": COND, **changes})
+    return NetworkPrior(net, card, precision="float32"), EDMDenoiser(net, 0.5)
+
+
+def test_a_condition_joins_the_network_after_its_own_scaling():
+    prior, truth = _conditional()
+    u, cond = _state(2, 1, 16, 24), torch.rand(2, 1, 16, 24, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x = truth((u - MU_WATER) / MU_WATER, torch.full((2,), 0.3), (cond - 0.2) / 2)
+    got = prior.denoise(u, 0.3 * MU_WATER, cond)
+    assert (got - (x * MU_WATER + MU_WATER)).abs().max() <= 5e-6 * MU_WATER
+    assert (got - prior.denoise(u, 0.3 * MU_WATER, cond.flip(-1))).abs().max() > 1e-3 * MU_WATER
+    # sides that are no multiples of the stride: the condition is padded as the state is
+    assert prior.denoise(u[..., :13, :14], 0.3 * MU_WATER, cond[..., :13, :14]).shape == (2, 1, 13, 14)
+
+
+@pytest.mark.parametrize(
+    "cond", [None, torch.zeros(1, 1, 8, 9), torch.zeros(2, 1, 8, 8), torch.zeros(1, 1, 8, 8, device="meta")]
+)
+def test_a_conditional_prior_says_what_it_needs(cond):
+    with pytest.raises(ValueError, match=r"needs a condition \(T1-weighted MR\), cond must be \(1, 1, 8, 8\) on cpu"):
+        _conditional()[0].denoise(torch.zeros(1, 1, 8, 8), 0.1, cond)
+
+
+def test_a_condition_is_divided_by_the_percentile_of_its_volume():
+    card, volume = _conditional()[0].card, torch.arange(1001.0).reshape(7, 11, 13)
+    assert torch.allclose(condition_volume(card, volume), volume / 990)
+    plain = card.model_copy(update={"condition": COND.model_copy(update={"percentile": None})})
+    assert condition_volume(plain, volume) is volume
+    with pytest.raises(ValueError, match="percentile 99 must be positive and finite, got 0"):
+        condition_volume(card, torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="takes no condition"):
+        condition_volume(_card(), volume)
+    with pytest.raises(ValueError, match="condition goes with cond_channels"):
+        ModelCard(name="x", cond_channels=1)
 
 
 def test_precision_choice():

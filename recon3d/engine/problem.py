@@ -14,7 +14,7 @@ from recon3d.config import ConfigError, JobConfig, validate
 from recon3d.engine.clock import Timed
 from recon3d.engine.events import Events
 from recon3d.engine.scan import Scan, load_scan
-from recon3d.priors.base import Prior, check_plane
+from recon3d.priors.base import Prior, check_plane, condition_volume
 from recon3d.recipes.model import Recipe
 
 if TYPE_CHECKING:
@@ -47,11 +47,17 @@ class Problem:
         """As the scan's, and whether the prior was made for such slices.
 
         Raises:
-            ValueError: as the scan; or the prior was made for others and `accept_mismatch` is not set.
+            ValueError: as the scan; or the prior was made for others and `accept_mismatch` is not set, or it needs an
+                image beside the state and there is none.
         """
         sentences = self.scan.check()
         card = getattr(self.prior, "card", None)
         if card is not None:
+            if card.condition is not None and self.scan.guide is None:
+                raise ValueError(
+                    f"prior {card.name!r} is conditional: it needs an image of the same body on the same grid "
+                    f"({card.condition.what or 'an image'}) beside the state; give it as guide or take another prior"
+                )
             mismatches = [
                 self.scan.prior_mismatch(card),
                 check_plane(card, "axial", self.scan.grid.pixel_mm),
@@ -83,8 +89,16 @@ class Problem:
             weights=None if weights is None else weights.to(scan.device),
             seed=self.seed,
             start_image=image,
-            cond=None if scan.guide is None else scan.guide.to(scan.device),
+            cond=self._condition(),
         )
+
+    def _condition(self) -> Tensor | None:
+        card, guide = getattr(self.prior, "card", None), self.scan.guide
+        if guide is None:
+            return None
+        if card is not None and card.condition is not None:
+            guide = condition_volume(card, guide)
+        return guide.to(self.scan.device)
 
     def prior_digest(self) -> str:
         """Digest of the prior: of its weights and card, or of its description when it has none; and of its scale."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from recon3d.priors.base import ModelCard, Prior, check_plane
+from recon3d.priors.base import ConditionCard, ModelCard, Prior, check_plane, condition_volume
 
 if TYPE_CHECKING:
     import torch
 
     from recon3d.priors.network_prior import NetworkPrior
 
-__all__ = ["ModelCard", "Prior", "check_plane", "load_prior", "packaged_priors"]
+__all__ = [
+    "ConditionCard", "ModelCard", "Prior", "check_plane", "condition_volume", "load_prior", "packaged_priors",
+]  # fmt: skip
 
 
 def load_prior(

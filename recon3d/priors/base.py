@@ -11,12 +11,28 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-__all__ = ["ModelCard", "Prior", "check_plane", "differentiable"]
+__all__ = ["ConditionCard", "ModelCard", "Prior", "check_plane", "condition_volume", "differentiable"]
 
 Plane = Literal["axial", "coronal", "sagittal", "any"]
+
+
+class ConditionCard(BaseModel):
+    """The image that a conditional prior is shown beside the state, and how the network sees its values.
+
+    A whole volume is divided by its `percentile` first, where one is given; the network then sees
+    (value - offset) / scale.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    what: str = Field("", description="contrast and unit, such as T1-weighted MR in arbitrary units")
+    percentile: float | None = Field(None, gt=50, le=100, description="of the values of a volume; null: not divided")
+    offset: float = Field(0.0, allow_inf_nan=False)
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False)
 
 
 class ModelCard(BaseModel):
@@ -37,6 +53,8 @@ class ModelCard(BaseModel):
     positions: bool = Field(
         False, description="the network's last two input channels say where a pixel lies: recon3d.priors.positions"
     )
+    cond_channels: int = Field(0, ge=0, description="of the image beside the state; 0: the prior takes none")
+    condition: ConditionCard | None = Field(None, description="what that image is; null where there is none")
     path: Literal["edm", "ve", "vp", "vp_continuous", "flow", "exact"] = "edm"
     schedule: dict[str, float | str] = Field(default_factory=dict, description="of the path, such as beta_max")
     prediction: Literal["edm", "x0", "eps", "score", "v", "flow"] = Field(
@@ -61,6 +79,8 @@ class ModelCard(BaseModel):
                 raise ValueError(f"{name} must be finite [low, high] with low <= high, got {list(pair)}")
         if not (math.isfinite(self.offset) and math.isfinite(self.scale)):
             raise ValueError(f"offset and scale must be finite, got {self.offset} and {self.scale}")
+        if (self.condition is None) != (self.cond_channels == 0):
+            raise ValueError(f"condition goes with cond_channels above 0, got cond_channels {self.cond_channels}")
         return self
 
 
@@ -73,7 +93,11 @@ class Prior(Protocol):
     scale: float
 
     def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
-        """E[x0 | x0 + sigma eps = u] for u [batch, channel, row, col] in user units, shaped as u."""
+        """E[x0 | x0 + sigma eps = u] for u [batch, channel, row, col] in user units, shaped as u.
+
+        A conditional prior (`card.cond_channels`) is given cond, [batch, channel, row, col], as well: the rows of a
+        volume that `condition_volume` made.
+        """
         ...
 
 
@@ -91,6 +115,34 @@ def differentiable(prior: Prior) -> Prior:
         out = copy.copy(out)
         out.prior = differentiable(out.prior)
     return out
+
+
+def condition_volume(card: ModelCard, volume: Tensor) -> Tensor:
+    """A volume as a prior wants its condition: divided by its percentile where the card says so.
+
+    Args:
+        card: of the prior.
+        volume: [z, y, x] real, the whole of it, in the unit of its file.
+
+    Raises:
+        ValueError: the prior takes no condition, or the volume's percentile is not positive and finite.
+
+    >>> import torch
+    >>> card = ModelCard(name="ct", cond_channels=1, condition=ConditionCard(percentile=100))
+    >>> condition_volume(card, torch.tensor([[[1.0, 4.0]]]))
+    tensor([[[0.2500, 1.0000]]])
+    """
+    if card.condition is None:
+        raise ValueError(f"prior {card.name!r} takes no condition; leave it out or give a conditional prior")
+    if card.condition.percentile is None:
+        return volume
+    level = float(np.percentile(volume.cpu().numpy(), card.condition.percentile))
+    if not (math.isfinite(level) and level > 0):
+        raise ValueError(
+            f"condition: its percentile {card.condition.percentile:g} must be positive and finite, got {level:g}; "
+            "give an image with signal"
+        )
+    return volume / level
 
 
 def check_plane(card: ModelCard, plane: str, spacing_mm: float | Sequence[float]) -> str | None:

@@ -60,16 +60,16 @@ class NetworkPrior:
         Args:
             u: state, [batch, channel, row, col] float32 or float64 in user units.
             sigma: noise level in user units, positive.
-            cond: not taken; this prior is unconditional.
+            cond: of a conditional prior (`card.cond_channels`) the image beside the state, [batch, channel, row, col]
+                in the values of `condition_volume`; None for all others.
 
         Returns:
             The denoised slices with the shape and dtype of u.
 
         Raises:
-            ValueError: u has other axes, channels or another device, sigma is not positive, or cond is given.
+            ValueError: u has other axes, channels or another device, sigma is not positive, or cond is
+                missing, not wanted or of another shape.
         """
-        if cond is not None:
-            raise ValueError(f"denoise: prior {self.card.name!r} takes no condition; leave cond out")
         if u.ndim != 4 or u.shape[1] != self.card.channels:
             raise ValueError(
                 f"denoise: u must be [batch, {self.card.channels}, row, col] for prior {self.card.name!r}, "
@@ -82,19 +82,38 @@ class NetworkPrior:
             raise ValueError(f"denoise: sigma must be positive and finite, got {sigma}")
         if u.numel() == 0:
             return u.clone()
+        beside = self._beside(u, cond)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             x = (u.float() - self.offset) / self.scale
             # one at a time on a CPU: how a convolution rounds may follow the batch size
-            parts = [x[i : i + 1] for i in range(len(x))] if self.device.type == "cpu" else [x]
-            d = torch.cat([self._network(part, level) for part in parts])
+            n = 1 if self.device.type == "cpu" else len(x)
+            d = torch.cat([self._network(x[i : i + n], beside[i : i + n], level) for i in range(0, len(x), n)])
             return (d * self.scale + self.offset).to(u.dtype)
 
-    def _network(self, x: Tensor, sigma: float) -> Tensor:
+    def _beside(self, u: Tensor, cond: Tensor | None) -> Tensor:
+        """The condition in network units; no channels for a prior that takes none."""
+        channels, how = self.card.cond_channels, self.card.condition
+        if how is None:
+            if cond is not None:
+                raise ValueError(f"denoise: prior {self.card.name!r} takes no condition; leave cond out")
+            return u.new_empty((len(u), 0, *u.shape[-2:]), dtype=torch.float32)
+        wanted = (len(u), channels, *u.shape[-2:])
+        if cond is None or tuple(cond.shape) != wanted or cond.device != u.device:
+            got = "none" if cond is None else f"{tuple(cond.shape)} on {cond.device}"
+            raise ValueError(
+                f"denoise: prior {self.card.name!r} needs a condition ({how.what or 'an image'}), "
+                f"cond must be {wanted} on {u.device}, got {got}"
+            )
+        return (cond.float() - how.offset) / how.scale
+
+    def _network(self, x: Tensor, beside: Tensor, sigma: float) -> Tensor:
         h, w = x.shape[-2:]
         m = self._net.config.multiple
         dh, dw = -h % m, -w % m
 
         def net(y: Tensor, t: float) -> Tensor:
+            if beside.shape[1]:
+                y = torch.cat([y, beside], dim=1)
             if dh or dw:
                 y = F.pad(y, (0, dw, 0, dh), mode="reflect" if dh < h and dw < w else "replicate")
             if self.card.positions:

@@ -26,22 +26,26 @@ def coefficients(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tens
 
 
 class EDMDenoiser(nn.Module):
-    """The preconditioned network; `net` maps [b, c, row, col] and c_noise [b] to [b, c, row, col]."""
+    """The preconditioned network; `net` maps [b, c, row, col] and c_noise [b] to [b, c, row, col].
+
+    A conditional network takes the condition's channels after the state's, as they are: they carry no noise.
+    """
 
     def __init__(self, net: nn.Module, sigma_data: float) -> None:
         super().__init__()
         self.net = net
         self.sigma_data = sigma_data
 
-    def forward(self, u: Tensor, sigma: Tensor) -> Tensor:
-        """D(u; sigma) for u [b, c, row, col] and sigma [b], in network units."""
+    def forward(self, u: Tensor, sigma: Tensor, cond: Tensor | None = None) -> Tensor:
+        """D(u; sigma) for u [b, c, row, col], sigma [b] and a condition [b, c', row, col], in network units."""
         c_skip, c_out, c_in, c_noise = coefficients(sigma, self.sigma_data)
         c_skip, c_out, c_in = (c[:, None, None, None] for c in (c_skip, c_out, c_in))
-        out: Tensor = self.net(c_in * u, c_noise)
+        seen = c_in * u if cond is None else torch.cat([c_in * u, cond], dim=1)
+        out: Tensor = self.net(seen, c_noise)
         return c_skip * u + c_out * out.float()
 
-    def loss(self, x: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, x: Tensor, sigma: Tensor, noise: Tensor, cond: Tensor | None = None) -> Tensor:
         """Mean of (s^2+d^2)/(s d)^2 (D - x)^2, about 1 untrained; x is clean, noise has unit variance."""
-        d = self(x + sigma[:, None, None, None] * noise, sigma)
+        d = self(x + sigma[:, None, None, None] * noise, sigma, cond)
         weight = (sigma.square() + self.sigma_data**2) / (sigma * self.sigma_data).square()
         return torch.mean(weight[:, None, None, None] * (d - x).square())
