@@ -49,7 +49,8 @@ class ModelCard(BaseModel):
     scale: float = Field(1.0, gt=0, description="user units per network unit")
     unit: str = Field("a.u.", description="the user unit")
     value_range: tuple[float, float] | None = Field(None, description="trained user values, [low, high]")
-    channels: int = Field(1, ge=1)
+    channels: int = Field(1, ge=1, description="of a state: slices, twice as many where they are complex")
+    slices: int = Field(1, ge=1, description="neighbouring slices seen together, side by side in the channels")
     positions: bool = Field(
         False, description="the network's last two input channels say where a pixel lies: recon3d.priors.positions"
     )
@@ -81,6 +82,8 @@ class ModelCard(BaseModel):
             raise ValueError(f"offset and scale must be finite, got {self.offset} and {self.scale}")
         if (self.condition is None) != (self.cond_channels == 0):
             raise ValueError(f"condition goes with cond_channels above 0, got cond_channels {self.cond_channels}")
+        if self.channels % self.slices:
+            raise ValueError(f"channels must be a multiple of slices, got {self.channels} and {self.slices}")
         return self
 
 

@@ -12,6 +12,9 @@ from recon3d.priors.networks import UNetConfig
 __all__ = ["CropConfig", "DataConfig", "LesionConfig", "PhaseConfig", "SourceConfig", "TrainConfig"]
 
 
+Plane = Literal["axial", "coronal", "sagittal"]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -25,6 +28,7 @@ class SourceConfig(_Strict):
         1, ge=1, le=8, description="up to so many neighbouring slices are averaged (thicker slices)"
     )
     attribution: str = Field("", description="source and licence, copied to the model card")
+    plane: Plane | None = Field(None, description="plane of its slices; null: data.plane")
 
 
 class CropConfig(_Strict):
@@ -48,7 +52,7 @@ class PhaseConfig(_Strict):
 
 
 class LesionConfig(_Strict):
-    """Spots put into slices of activity: soft-edged ellipses, hotter or colder than what they lie in."""
+    """Spots put into slices of activity: soft-edged ellipsoids, hotter or colder than what they lie in."""
 
     share: float = Field(0.0, ge=0, le=1, description="share of crops that get any")
     most: int = Field(4, ge=1, description="up to so many spots in a crop")
@@ -68,7 +72,10 @@ class DataConfig(_Strict):
     exclude: tuple[str, ...] = Field(
         (), description="file stems a glob must not bring in (the validation volume is always left out)"
     )
-    plane: Literal["axial", "coronal", "sagittal"] = "axial"
+    plane: Plane = "axial"
+    slices: int = Field(
+        1, ge=1, le=9, description="neighbouring slices in a crop, cut alike, which the network denoises together"
+    )
     clip: tuple[float, float] = Field((-1024.0, 3072.0), description="file values are clipped to this, then mapped")
     file_offset: float = Field(0.0, description="network value = (file value - file_offset) / file_scale")
     file_scale: float = Field(1000.0, gt=0)
@@ -106,7 +113,9 @@ class DataConfig(_Strict):
     shading: float = Field(
         1.0, ge=1, description="a smooth field, as receive coils leave it, brightens and darkens by up to this ratio"
     )
-    complex: bool = Field(False, description="two channels: the real and the imaginary part, under a random phase")
+    complex: bool = Field(
+        False, description="twice the channels: the real parts, then the imaginary ones, under a random phase"
+    )
     phase: PhaseConfig = PhaseConfig()
 
     @model_validator(mode="after")
@@ -188,11 +197,11 @@ class TrainConfig(_Strict):
             raise ValueError("give exactly one of steps and budget_minutes")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
             raise ValueError(f"sigma_range must be [low, high] with 0 < low < high, got {list(self.sigma_range)}")
-        wanted = 2 if self.data.complex else 1
+        wanted = self.data.slices * (2 if self.data.complex else 1)
         if (self.network.in_channels, self.network.out_channels) != (wanted, wanted):
             raise ValueError(
-                f"network: in_channels and out_channels must be {wanted} where data.complex is {self.data.complex}, "
-                f"got {self.network.in_channels} and {self.network.out_channels}"
+                f"network: in_channels and out_channels must be {wanted} where data.complex is {self.data.complex} "
+                f"and data.slices is {self.data.slices}, got {self.network.in_channels} and {self.network.out_channels}"
             )
         for crop in self.crops:
             if crop.size % self.network.multiple:

@@ -35,12 +35,17 @@ class Volume:
     open_air: bool  # the border is background, so background may be continued beyond it
 
 
-def load_volume(path: Path, data: DataConfig, weight: float = 1.0, max_block_z: int = 1) -> Volume:
+def load_volume(
+    path: Path, data: DataConfig, weight: float = 1.0, max_block_z: int = 1, plane: str | None = None
+) -> Volume:
     """A NIfTI volume turned to [z, y, x] = (superior, posterior, left), clipped and mapped to network units.
+
+    Another plane than the axial one puts its own axis first; `plane` None is that of `data`.
 
     Raises:
         BadInput: the file cannot be read.
-        ValueError: the file is not a 3D volume, has no finite values or a spacing that is not positive.
+        ValueError: the file is not a 3D volume, has no finite values, a spacing that is not positive or fewer slices
+            than a crop has.
     """
     import nibabel
     from nibabel.filebasedimages import ImageFileError
@@ -63,10 +68,13 @@ def load_volume(path: Path, data: DataConfig, weight: float = 1.0, max_block_z: 
     low, high = data.clip
     volume = np.clip(values.transpose(2, 1, 0), low, high)  # L, P, S -> z, y, x
     spacing = (float(zooms[2]), float(zooms[1]), float(zooms[0]))
-    if data.plane == "coronal":
+    plane = plane or data.plane
+    if plane == "coronal":
         volume, spacing = volume.transpose(1, 0, 2), (spacing[1], spacing[0], spacing[2])
-    elif data.plane == "sagittal":
+    elif plane == "sagittal":
         volume, spacing = volume.transpose(2, 0, 1), (spacing[2], spacing[0], spacing[1])
+    if len(volume) < data.slices:
+        raise ValueError(f"training data {path}: crops have {data.slices} {plane} slices, it has {len(volume)}")
     scale = data.file_scale
     if data.percentile is not None:
         scale = float(np.percentile(volume, data.percentile)) - data.file_offset
@@ -102,7 +110,8 @@ class SliceData:
             if not found:
                 raise ValueError(f"training data: no volume matches {source.path!r} under {root}")
             for path in found:
-                self.volumes.append(load_volume(path, data, source.weight / len(found), source.max_block_z))
+                share = source.weight / len(found)
+                self.volumes.append(load_volume(path, data, share, source.max_block_z, source.plane))
         self.validation = load_volume(held_out, data)
         self._background = (data.background - data.file_offset) / data.file_scale
 
@@ -121,16 +130,19 @@ class SliceData:
         return clean, sigma, noise
 
     def validation_set(self) -> tuple[Tensor, Tensor]:
-        """Evenly spaced slices of the held-out volume, cut to the network's multiple, and fixed noise."""
+        """Evenly spaced slices or groups of the held-out volume, cut to the network's multiple, and fixed noise."""
         v = self.validation.values
         k = min(self.config.validation_slices, v.shape[0])
         index = np.linspace(0, v.shape[0] - 1, k + 2).round().astype(int)[1:-1] if k + 2 <= v.shape[0] else np.arange(k)
         m = self.config.network.multiple
         h, w = v.shape[1] // m * m, v.shape[2] // m * m
-        clean = v[torch.from_numpy(index), :h, :w][:, None].contiguous()
+        n = self.config.data.slices
+        first = np.clip(index - n // 2, 0, v.shape[0] - n)
+        clean = torch.stack([v[z : z + n, :h, :w] for z in first])
         rng = np.random.Generator(np.random.Philox(key=[self.config.seed, 1]))
         if self.config.data.complex:
-            clean = torch.stack([_turned(x[0], random_phase(rng, x[0], self.config.data.phase)) for x in clean])
+            step = self._step_px(self.validation)
+            clean = torch.stack([_turned(x, random_phase(rng, x, self.config.data.phase, step)) for x in clean])
         noise = rng.standard_normal(clean.shape, dtype=np.float32)
         return clean, torch.from_numpy(noise)
 
@@ -140,18 +152,23 @@ class SliceData:
         p = np.array([v.weight for v in fits])
         volume = fits[int(rng.choice(len(fits), p=p / p.sum()))]
         zoom, angle = self._grid(rng, volume)
-        thick = min(1 + int(rng.random() < 0.4) * int(rng.integers(1, 8)), volume.max_block_z, volume.values.shape[0])
+        depth, n = volume.values.shape[0], data.slices
+        thick = min(1 + int(rng.random() < 0.4) * int(rng.integers(1, 8)), volume.max_block_z, depth // n)
         for _ in range(4):
-            z = int(rng.integers(0, volume.values.shape[0] - thick + 1))
-            x = volume.values[z] if thick == 1 else volume.values[z : z + thick].mean(dim=0)
+            z = int(rng.integers(0, depth - n * thick + 1))
+            x = volume.values[z : z + n * thick]
+            x = x if thick == 1 else x.unflatten(0, (n, thick)).mean(dim=1)
             x = self._cut(rng, x, size, zoom, angle, volume.open_air)
             if float(x.mean()) > self._background + data.least_mean:  # not an all-background crop
                 break
-        for axis, share in ((1, 0.5), (0, data.flip_rows)):
+        for axis, share in ((2, 0.5), (1, data.flip_rows)):
             if rng.random() < share:
                 x = x.flip(axis)
+        if n > 1 and rng.random() < 0.5:
+            x = x.flip(0)
+        step = self._step_px(volume) * thick / zoom
         if data.lesions.share > 0 and rng.random() < data.lesions.share:
-            x = with_lesions(rng, x, data.lesions)
+            x = with_lesions(rng, x, data.lesions, step)
         if data.quarter_turns > 0 and rng.random() < data.quarter_turns:
             x = x.mT
         gain = 1 + data.gain_jitter * (2 * rng.random() - 1)
@@ -164,7 +181,12 @@ class SliceData:
             x = (x - self._background) * _shading(rng, size, data.shading) + self._background
         # the gain acts about the background, so that air stays air
         x = (x - self._background) * gain + self._background + shift
-        return _turned(x, random_phase(rng, x, data.phase)) if data.complex else x[None]
+        return _turned(x, random_phase(rng, x, data.phase, step)) if data.complex else x
+
+    @staticmethod
+    def _step_px(volume: Volume) -> float:
+        """Distance of slices in pixels."""
+        return volume.spacing_mm[0] / math.sqrt(volume.spacing_mm[1] * volume.spacing_mm[2])
 
     def _grid(self, rng: np.random.Generator, volume: Volume) -> tuple[float, float]:
         """(spacing change, rotation in radians); (1, 0) = the voxel grid itself."""
@@ -180,12 +202,12 @@ class SliceData:
         return zoom, math.radians(data.rotate_deg) * (2 * rng.random() - 1)
 
     def _cut(self, rng: np.random.Generator, x: Tensor, size: int, zoom: float, angle: float, open_air: bool) -> Tensor:
-        h, w = x.shape
+        h, w = x.shape[-2:]
         if zoom == 1.0 and angle == 0.0 and open_air | (min(h, w) >= size):
             top, left = (_start(rng, n, size) for n in (h, w))
             pad = (max(0, -left), max(0, left + size - w), max(0, -top), max(0, top + size - h))
             x = F.pad(x, pad, value=self._background)
-            return x[top + pad[2] : top + pad[2] + size, left + pad[0] : left + pad[0] + size]
+            return x[..., top + pad[2] : top + pad[2] + size, left + pad[0] : left + pad[0] + size]
         # centre of the crop, in pixels of x, with the same rule as above for the cut of `size * zoom` pixels
         cy, cx = (_start(rng, n, round(size * zoom)) + 0.5 * size * zoom for n in (h, w))
         c, s = math.cos(angle) * zoom, math.sin(angle) * zoom
@@ -197,12 +219,11 @@ class SliceData:
         cols = cx + s * at[:, None] + c * at[None, :]
         grid = torch.stack([2 * cols / w - 1, 2 * rows / h - 1], dim=-1)[None]
         mode = "zeros" if open_air else "reflection"
-        y = F.grid_sample(
-            (x - self._background)[None, None], grid, mode="bicubic", padding_mode=mode, align_corners=False
-        )
+        above = (x - self._background).reshape(1, -1, h, w)
+        y = F.grid_sample(above, grid, mode="bicubic", padding_mode=mode, align_corners=False)
         if over == 2:
             y = F.avg_pool2d(y, 2)
-        return y[0, 0].clamp(min=0) + self._background
+        return y.reshape(*x.shape[:-2], size, size).clamp(min=0) + self._background
 
 
 def _start(rng: np.random.Generator, n: int, size: int) -> int:
@@ -212,33 +233,55 @@ def _start(rng: np.random.Generator, n: int, size: int) -> int:
     return (n - size) // 2 + int(rng.integers(-8, 9)) * int(n < size)
 
 
-def with_lesions(rng: np.random.Generator, x: Tensor, lesions: LesionConfig) -> Tensor:
-    """Activity [row, col] with hot and cold spots where there is activity; a slice without any comes back as it is."""
-    h, w = x.shape
-    inside = (x > 0.1 * x.mean()).nonzero()
+def with_lesions(rng: np.random.Generator, x: Tensor, lesions: LesionConfig, step_px: float = 1.0) -> Tensor:
+    """Activity with hot and cold spots where there is activity; activity that is zero comes back as it is.
+
+    Args:
+        rng: of all choices.
+        x: [row, col], or [slice, row, col] of neighbouring slices, whose spots are ellipsoids.
+        lesions: number, size and strength.
+        step_px: distance of slices in pixels.
+    """
+    h, w = x.shape[-2:]
+    slices = x.reshape(-1, h, w)
+    inside = (slices > 0.1 * slices.mean()).nonzero()[:, 1:]
     if float(x.max()) <= 0 or len(inside) == 0:
         return x
+    depth = torch.arange(len(slices), dtype=torch.float32)[:, None, None] * step_px
     rows, cols = torch.arange(h, dtype=torch.float32)[:, None], torch.arange(w, dtype=torch.float32)[None]
     for _ in range(int(rng.integers(1, lesions.most + 1))):
         cy, cx = (float(v) + rng.uniform(-0.5, 0.5) for v in inside[int(rng.integers(len(inside)))])
         a = _between(rng, lesions.radius_px)
         b = min(max(a * math.exp(rng.uniform(-0.4, 0.4)), lesions.radius_px[0]), lesions.radius_px[1])
         turn, edge = rng.uniform(0, math.pi), rng.uniform(*lesions.edge_px)
+        mean = math.sqrt(a * b)
+        # the spot may have its middle beyond the slices, of which a single one shows it whole
+        cz = rng.uniform(-0.8 * mean, float(depth[-1]) + 0.8 * mean) if len(slices) > 1 else 0.0
         c, s = math.cos(turn), math.sin(turn)
         u, v = (c * (cols - cx) + s * (rows - cy)) / a, (c * (rows - cy) - s * (cols - cx)) / b
-        cover = torch.sigmoid((1 - (u * u + v * v).sqrt()) * (math.sqrt(a * b) / edge))
-        level = float((x * cover).sum() / cover.sum().clamp(min=1e-6))
+        cover = torch.sigmoid((1 - (u * u + v * v + ((depth - cz) / mean) ** 2).sqrt()) * (mean / edge))
+        level = float((slices * cover).sum() / cover.sum().clamp(min=1e-6))
         cold = rng.random() < lesions.cold_share
         ratio = rng.uniform(*lesions.cold) if cold else _between(rng, lesions.hot)
-        x = x + cover * (ratio * level - x) if cold else x + cover * ((ratio - 1) * level)
-    return x
+        slices = slices + cover * (ratio * level - slices) if cold else slices + cover * ((ratio - 1) * level)
+    return slices.reshape(x.shape)
 
 
-def random_phase(rng: np.random.Generator, magnitude: Tensor, phase: PhaseConfig) -> Tensor:
-    """A smooth phase [row, col] in radians for a slice of magnitudes, as `PhaseConfig` describes it."""
+def random_phase(rng: np.random.Generator, magnitude: Tensor, phase: PhaseConfig, step_px: float = 1.0) -> Tensor:
+    """A smooth phase in radians for magnitudes, as `PhaseConfig` describes it.
+
+    Args:
+        rng: of all choices.
+        magnitude: [row, col], or [slice, row, col] of neighbouring slices, between which the phase changes as slowly.
+        phase: its parts.
+        step_px: distance of slices in pixels.
+
+    Returns:
+        Phases shaped as the magnitudes.
+    """
     flat, step = rng.random() < phase.flat, rng.random() < phase.step
-    h, w = magnitude.shape
-    cycles = torch.full((h, w), float(rng.random()))
+    h, w = magnitude.shape[-2:]
+    cycles = torch.full(magnitude.shape, float(rng.random()))
     if flat:
         return 2 * math.pi * cycles
     row, col = ((torch.arange(n, dtype=torch.float32) - n / 2) / 256 for n in (h, w))
@@ -249,11 +292,14 @@ def random_phase(rng: np.random.Generator, magnitude: Tensor, phase: PhaseConfig
     if step:  # fat precesses at another frequency than water
         level, turn = rng.uniform(0.3, 0.8) * float(magnitude.max()), rng.uniform(-0.5, 0.5)
         cycles = cycles + turn * torch.sigmoid((magnitude - level) / 0.05)
+    if magnitude.ndim == 3 and len(magnitude) > 1:
+        z = torch.arange(len(magnitude), dtype=torch.float32)[:, None, None] * (step_px / 256)
+        cycles = cycles + phase.slope * float(rng.normal()) * z
     return 2 * math.pi * cycles
 
 
 def _turned(magnitude: Tensor, phase: Tensor) -> Tensor:
-    return torch.stack([magnitude * phase.cos(), magnitude * phase.sin()])
+    return torch.cat([magnitude * phase.cos(), magnitude * phase.sin()])
 
 
 def _waves(rng: np.random.Generator, y: Tensor, x: Tensor, n: int) -> Tensor:

@@ -105,7 +105,7 @@ class _Run:
         self.model = self._denoiser(device)
         self.checkpoint = self.out / "checkpoint.safetensors"
         if config.init is not None and not self.checkpoint.exists():
-            _start_from(self.model.net, config.init)
+            _start_from(self.model.net, config.init, config.data.slices)
         self.device = device
         self.named = dict(self.model.net.named_parameters())
         self.ema = {k: p.detach().clone() for k, p in self.named.items()}
@@ -259,6 +259,7 @@ class _Run:
 
     def _card(self) -> ModelCard:
         cfg, card = self.config, self.config.card
+        planes = {source.plane or cfg.data.plane for source in cfg.data.sources}
         low, high = ((v - cfg.data.file_offset) / cfg.data.file_scale for v in cfg.data.clip)
         known = cfg.data.percentile is None and cfg.data.mean_above is None
         unit = (
@@ -269,12 +270,13 @@ class _Run:
         return ModelCard(
             name=card.name,
             statement=card.statement,
-            plane=cfg.data.plane,
+            plane=planes.pop() if len(planes) == 1 else "any",
             spacing_mm=cfg.data.spacing_mm,
             offset=card.offset,
             scale=card.scale,
             unit=card.unit,
             channels=cfg.network.in_channels,
+            slices=cfg.data.slices,
             value_range=(card.offset + card.scale * low, card.offset + card.scale * high) if known else None,
             path="edm",
             sigma_range=cfg.sigma_range,
@@ -344,15 +346,30 @@ class _Run:
                 self.adam.state[p] = {"step": torch.tensor(float(self.count.step)), **moments}
 
 
-def _start_from(net: torch.nn.Module, folder: str) -> None:
-    """Copy the tensors of a prior folder that the network has with the same name and shape."""
-    _, state = read_folder(folder)
+def _start_from(net: torch.nn.Module, folder: str, slices: int) -> None:
+    """Copy the tensors of a prior folder that the network has with the same name and shape.
+
+    Where the network sees several slices and that prior one, the first convolution starts as one of their mean, and
+    the last gives every slice the same.
+    """
+    card, state = read_folder(folder)
+    if slices > 1 and card.slices == 1:
+        for k, p in net.named_parameters():
+            if k in state and state[k].ndim == p.ndim:
+                state[k] = _repeated(state[k], p.shape, slices)
     with torch.no_grad():
         same = [(p, state[k]) for k, p in net.named_parameters() if k in state and state[k].shape == p.shape]
         for p, value in same:
             p.copy_(value)
     if not same:
         raise ValueError(f"train: init {folder} has no tensor with a name and shape of this network; leave init out")
+
+
+def _repeated(value: Tensor, shape: torch.Size, slices: int) -> Tensor:
+    """A tensor whose channels in or out are those of one slice, for slices side by side."""
+    if value.ndim > 1 and value.shape[1] * slices == shape[1]:
+        value = value.repeat_interleave(slices, dim=1) / slices
+    return value.repeat_interleave(slices, dim=0) if value.shape[0] * slices == shape[0] else value
 
 
 # a restart may change these: they say how long, how often and where, not what is learned
