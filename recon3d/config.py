@@ -246,6 +246,12 @@ class JobConfig(_Section):
         description="a packaged prior or a folder with card.json and model.safetensors; null takes ct, mr or pet by "
         "the measurement",
     )
+    tile: int | None = Field(
+        None,
+        ge=64,
+        description="largest side in pixels of what the prior is shown at once, for slices too large for the memory; "
+        "null shows it whole slices",
+    )
     accept_mismatch: bool = Field(
         False, description="use the prior on spacings and noise levels it was not trained on, with a warning"
     )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from recon3d.priors.network_prior import NetworkPrior
+    from recon3d.priors.tiled import TiledPrior
 
 __all__ = [
     "ConditionCard", "ModelCard", "Prior", "check_plane", "condition_volume", "load_prior", "packaged_priors",
@@ -21,19 +22,23 @@ def load_prior(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
-) -> NetworkPrior:
+    tile: int | None = None,
+) -> NetworkPrior | TiledPrior:
     """A trained prior, ready to denoise.
 
     Args:
         name_or_path: a packaged prior ("ct") or a folder with card.json and model.safetensors.
         device: where it runs.
         precision: "auto" is bfloat16 where the device computes with it natively, else float32.
+        tile: largest side of what a prior of whole slices is shown at once, in pixels; None shows it whole slices. A
+            prior of patches (`card.patch`) is always shown patches of that size.
 
     Raises:
         BadInput: there is no such prior, or its files are damaged.
     """
     from recon3d.priors.checkpoints import build_network, read_folder
     from recon3d.priors.network_prior import NetworkPrior
+    from recon3d.priors.tiled import TiledPrior
 
     folder = find_prior(name_or_path)
     card, state = read_folder(folder)
@@ -41,7 +46,9 @@ def load_prior(
         from recon3d.io import BadInput
 
         raise BadInput(folder / "card.json", "sigma_data is missing", "write the card with recon3d train")
-    return NetworkPrior(build_network(card, state, folder), card, device, precision)
+    prior = NetworkPrior(build_network(card, state, folder), card, device, precision)
+    side = card.patch or tile
+    return prior if side is None else TiledPrior(prior, side)
 
 
 def packaged_priors() -> tuple[str, ...]:

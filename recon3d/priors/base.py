@@ -54,6 +54,9 @@ class ModelCard(BaseModel):
     positions: bool = Field(
         False, description="the network's last two input channels say where a pixel lies: recon3d.priors.positions"
     )
+    patch: int | None = Field(
+        None, ge=16, description="side of the patches it was trained on and is to see; null: slices of any size"
+    )
     cond_channels: int = Field(0, ge=0, description="of the image beside the state; 0: the prior takes none")
     condition: ConditionCard | None = Field(None, description="what that image is; null where there is none")
     path: Literal["edm", "ve", "vp", "vp_continuous", "flow", "exact"] = "edm"

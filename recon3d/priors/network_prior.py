@@ -23,6 +23,8 @@ from recon3d.priors.positions import positions
 __all__ = ["NetworkPrior", "check_sigma", "compute_dtype"]
 
 Precision = Literal["auto", "float32", "bfloat16"]
+# rows and columns of the slice, and row and column of the first pixel in it
+_Place = tuple[tuple[int, int], tuple[int, int]]
 
 
 class NetworkPrior:
@@ -54,7 +56,15 @@ class NetworkPrior:
         self._path = None if card.prediction == "edm" else (card.prediction, noise_path(card.path, card.schedule))
         self._net = net.to(self.device).for_inference(self.dtype)
 
-    def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
+    def denoise(
+        self,
+        u: Tensor,
+        sigma: float,
+        cond: Tensor | None = None,
+        *,
+        whole: tuple[int, int] | None = None,
+        corner: tuple[int, int] = (0, 0),
+    ) -> Tensor:
         """E[x0 | x0 + sigma eps = u].
 
         Args:
@@ -62,6 +72,8 @@ class NetworkPrior:
             sigma: noise level in user units, positive.
             cond: of a conditional prior (`card.cond_channels`) the image beside the state, [batch, channel, row, col]
                 in the values of `condition_volume`; None for all others.
+            whole, corner: rows and columns of the slice that u was cut from, and where in it u begins; for a prior
+                that is shown positions (`card.positions`). None: u is the slice.
 
         Returns:
             The denoised slices with the shape and dtype of u.
@@ -83,11 +95,13 @@ class NetworkPrior:
         if u.numel() == 0:
             return u.clone()
         beside = self._beside(u, cond)
+        place = (whole or (u.shape[-2], u.shape[-1]), corner)
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             x = (u.float() - self.offset) / self.scale
             # one at a time on a CPU: how a convolution rounds may follow the batch size
             n = 1 if self.device.type == "cpu" else len(x)
-            d = torch.cat([self._network(x[i : i + n], beside[i : i + n], level) for i in range(0, len(x), n)])
+            parts = [self._network(x[i : i + n], beside[i : i + n], level, place) for i in range(0, len(x), n)]
+            d = torch.cat(parts)
             return (d * self.scale + self.offset).to(u.dtype)
 
     def _beside(self, u: Tensor, cond: Tensor | None) -> Tensor:
@@ -106,7 +120,9 @@ class NetworkPrior:
             )
         return (cond.float() - how.offset) / how.scale
 
-    def _network(self, x: Tensor, beside: Tensor, sigma: float) -> Tensor:
+    def _network(
+        self, x: Tensor, beside: Tensor, sigma: float, place: tuple[tuple[int, int], tuple[int, int]]
+    ) -> Tensor:
         h, w = x.shape[-2:]
         m = self._net.config.multiple
         dh, dw = -h % m, -w % m
@@ -117,7 +133,7 @@ class NetworkPrior:
             if dh or dw:
                 y = F.pad(y, (0, dw, 0, dh), mode="reflect" if dh < h and dw < w else "replicate")
             if self.card.positions:
-                where = positions((h + dh, w + dw), (h, w), device=y.device)
+                where = positions((h + dh, w + dw), *place, device=y.device)
                 y = torch.cat([y, where.expand(len(y), -1, -1, -1)], dim=1)
             time = torch.full((1,), t, dtype=torch.float32, device=x.device)
             out: Tensor = self._net(y.contiguous(memory_format=torch.channels_last), time)
