@@ -30,9 +30,10 @@ from recon3d.config import ComputeConfig, ConfigError, JobConfig, OutputConfig, 
 from recon3d.engine import plan as planning
 from recon3d.engine.events import Events, Listener
 from recon3d.engine.executor import Executor, ResourceError
-from recon3d.engine.folder import RunFolder, fingerprint, hardware, versions
+from recon3d.engine.folder import CHECKPOINT, RunFolder, fingerprint, hardware, versions
 from recon3d.engine.job import Schedule, Solved, Timings, solve
 from recon3d.engine.memory import peak_resident_bytes
+from recon3d.engine.montecarlo import Kept, Uncertainty, draw
 from recon3d.engine.problem import Problem, load_problem
 from recon3d.engine.scan import DEFAULTS, Scan, choose_device, digest, modality_of
 from recon3d.engine.scan_ct import CTScan
@@ -61,6 +62,7 @@ class Result:
         attempts: processes that worked on it.
         metrics: how well the volume explains the measurement.
         folder: where it was written; None without one.
+        uncertainty: spread and interval of several samples, whose mean the volume then is; None for one.
     """
 
     volume: Tensor
@@ -70,6 +72,7 @@ class Result:
     attempts: int
     metrics: dict[str, Any]
     folder: Path | None = None
+    uncertainty: Uncertainty | None = None
 
 
 def reconstruct(
@@ -81,6 +84,7 @@ def reconstruct(
     *,
     noise: NoiseModel | None = None,
     seed: int = 0,
+    samples: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     projector: Literal["joseph", "shear"] = "joseph",
     batch_size: int | None = None,
@@ -103,6 +107,7 @@ def reconstruct(
         prior: a packaged prior ("ct"), a folder, or any object with `denoise`, `offset` and `scale`.
         noise: GaussianNoise or PoissonNoise; None weighs all rays the same.
         seed: of all random numbers.
+        samples: runs with other random numbers; of several, `volume` is the mean and `uncertainty` tells the spread.
         device: "auto" takes a GPU where there is one.
         projector: "joseph", or "shear" for parallel beams.
         batch_size: slices the prior works on at once; never changes the result on a CPU.
@@ -149,8 +154,9 @@ def reconstruct(
     run = None if folder is None else RunFolder(folder)
     text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
-    )
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
+        samples,
+    )  # fmt: skip
 
 
 def reconstruct_mri(
@@ -165,6 +171,7 @@ def reconstruct_mri(
     noise_covariance: Tensor | NDArray[np.complexfloating] | None = None,
     coils: int | None = None,
     seed: int = 0,
+    samples: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -192,8 +199,8 @@ def reconstruct_mri(
             (sigma of either part of a sample) says it is white; None weighs nothing.
         noise_covariance: [coil, coil] of the coils' noise, E[n n^H].
         coils: compress to so many virtual coils.
-        seed, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop: as in
-            `reconstruct`.
+        seed, samples, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop:
+            as in `reconstruct`.
 
     Returns:
         The complex volume in the unit of k-space, with timings and its fit to the data.
@@ -221,8 +228,9 @@ def reconstruct_mri(
         for sentence in told:
             listener({"event": "warning", "time_s": round(time.time(), 3), "message": sentence})
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
-    )
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
+        samples,
+    )  # fmt: skip
 
 
 def reconstruct_pet(
@@ -240,6 +248,7 @@ def reconstruct_pet(
     suv_factor: float | None = None,
     guide: Tensor | None = None,
     seed: int = 0,
+    samples: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -268,8 +277,8 @@ def reconstruct_pet(
         psf_fwhm_mm: resolution of the scanner in the image.
         suv_factor: SUV of 1 Bq/mL, for output.unit "suv".
         guide: [z, y, x] on the grid, an MR or CT image for a prior that takes a condition.
-        seed, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop: as in
-            `reconstruct`.
+        seed, samples, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop:
+            as in `reconstruct`.
 
     Returns:
         The activity, not negative and 0 where the scanner sees nothing, with timings and its fit to the data.
@@ -305,8 +314,9 @@ def reconstruct_pet(
     run = None if folder is None else RunFolder(folder)
     text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
-    )
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
+        samples,
+    )  # fmt: skip
 
 
 def run_job(
@@ -340,7 +350,9 @@ def run_job(
     problem = load_problem(config, early)
     schedule = Schedule(config.checkpoint.every_levels, config.checkpoint.every_seconds)
     meaning, text = config.meaning(), save_config(config)
-    return _execute(problem, config.compute, schedule, run, meaning, text, listeners, stop, force, config.output)
+    return _execute(
+        problem, config.compute, schedule, run, meaning, text, listeners, stop, force, config.output, config.samples
+    )
 
 
 def plan_job(config: JobConfig, probe: bool = True) -> planning.Plan:
@@ -354,7 +366,9 @@ def plan_job(config: JobConfig, probe: bool = True) -> planning.Plan:
     events = Events()
     problem = load_problem(config, events)
     job = problem.job()  # its weights are part of what the process holds
-    found = planning.predict(problem, config.compute, probe=probe, picture=config.output.preview)
+    found = planning.predict(
+        problem, config.compute, probe=probe, picture=config.output.preview, samples=config.samples
+    )
     del job
     return found
 
@@ -403,10 +417,15 @@ def _execute(
     stop: Callable[[], bool],
     force: bool,
     output: OutputConfig,
+    samples: int = 1,
 ) -> Result:
-    sentences = problem.check()
+    if samples < 1:
+        raise ValueError(f"samples: must be at least 1, got {samples}")
+    sentences = [*problem.check(), *_unclaimed(problem.recipe, samples)]
     job = problem.job()
-    plan = planning.predict(problem, compute, probe=False, picture=run is not None and output.preview)
+    plan = planning.predict(
+        problem, compute, probe=False, picture=run is not None and output.preview, samples=samples, disk=run is not None
+    )
     if plan.short_of_memory and not force:
         raise ResourceError(plan.short_of_memory)
     # from here on the job is sound, and a folder may be made
@@ -420,21 +439,49 @@ def _execute(
         store = None
         if run is not None:
             stamp = fingerprint(meaning, problem.scan.digests(), problem.prior_digest(), problem.scan.device.type)
+            stamp.update({"samples": "several"} if samples > 1 else {})
             store = run.checkpoint(stamp)
             store.verify()  # another job's checkpoint is refused before its config is touched
             run.write_config(config_text)
         with _threads(compute.workers), Executor(compute.batch_size, compute.workers, events, stop) as executor:
-            solved = solve(job, executor, store=store, schedule=schedule, events=events, stop=stop)
+            if samples == 1:
+                solved = solve(job, executor, store=store, schedule=schedule, events=events, stop=stop)
+                volume, uncertainty = problem.scan.finish(solved.volume), None
+            else:
+                solved, uncertainty = draw(
+                    job, executor, samples, finish=problem.scan.finish, claims=problem.recipe.claims, store=store,
+                    kept=_kept(run, problem.scan, output), schedule=schedule, events=events, stop=stop,
+                )  # fmt: skip
+                volume = solved.volume
         events.emit("stage", name="writing")
-        volume = problem.scan.finish(solved.volume)
         volume, metrics = volume.cpu(), {"data": _fit(problem.scan, volume)}
         peak, place = peak_resident_bytes(), None if run is None else run.path
-        result = Result(volume, problem.scan.grid, solved.timings, peak, solved.attempts, metrics, place)
+        result = Result(volume, problem.scan.grid, solved.timings, peak, solved.attempts, metrics, place, uncertainty)
         if run is not None:
             _write_outputs(run, problem, result, output)
             run.write_manifest(_manifest(problem, result, solved, stamp, plan))
             events.emit("complete", **solved.timings.as_dict())
         return result
+
+
+def _unclaimed(recipe: Recipe, samples: int) -> list[str]:
+    if samples == 1 or recipe.claims == "posterior_sample":
+        return []
+    return [
+        f"samples: recipe {recipe.name} claims an estimate, so the spread of its {samples} samples is that of the "
+        "method and may be far from the uncertainty of the image; recipe posterior draws from the posterior"
+    ]
+
+
+def _kept(run: RunFolder | None, scan: Scan, output: OutputConfig) -> Kept | None:
+    if run is None or not output.samples:
+        return None
+    folder = run.path
+
+    def save(k: int, volume: Tensor) -> None:
+        scan.save(folder / f"sample_{k:04d}.nii.gz", volume, output)
+
+    return Kept(folder / CHECKPOINT / "samples", save)
 
 
 def _fit(scan: Scan, volume: Tensor, depth: int = 8) -> dict[str, Any]:
@@ -467,6 +514,10 @@ def _write_outputs(run: RunFolder, problem: Problem, result: Result, output: Out
     from recon3d.engine.checkpoint import write_json
 
     problem.scan.write(run.path, result.volume, output)
+    if result.uncertainty is not None:
+        problem.scan.save_spread(run.path / "std.nii.gz", result.uncertainty.std, output)
+        problem.scan.save(run.path / "low.nii.gz", result.uncertainty.low, output)
+        problem.scan.save(run.path / "high.nii.gz", result.uncertainty.high, output)
     if output.preview:
         from recon3d.report import preview
 
@@ -490,6 +541,7 @@ def _manifest(
             "scale": problem.denoiser.scale,
         },
         "seed": problem.seed,
+        **({} if result.uncertainty is None else {"samples": result.uncertainty.as_dict()}),
         "inputs": {**problem.scan.digests(), "files": {**problem.scan.files, **problem.files}},
         "fingerprint": dict(stamp),
         "grid": asdict(problem.scan.grid),

@@ -227,6 +227,10 @@ class OutputConfig(_Section):
         None, gt=0, description="CT: attenuation of water for HU, 0.0193 unless given"
     )
     preview: bool = Field(True, description="write preview.png, with the scanner's direct image beside")
+    samples: bool = Field(
+        False,
+        description="of several samples, write each one too; from 19 on intervals are then their order statistics",
+    )
 
 
 class JobConfig(_Section):
@@ -256,14 +260,17 @@ class JobConfig(_Section):
         False, description="use the prior on spacings and noise levels it was not trained on, with a warning"
     )
     seed: int = Field(0, ge=0, lt=1 << 63)
+    samples: int = Field(
+        1, ge=1, le=10_000, description="runs with other random numbers; of several, the mean and its uncertainty"
+    )
     compute: ComputeConfig = ComputeConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     output: OutputConfig = OutputConfig()
 
     def meaning(self) -> dict[str, Any]:
-        """The part that decides the result: everything but the machine, the checkpoints and the input's place."""
+        """What every sample of the result depends on: all but the machine, the checkpoints and the input's place."""
         full = self.model_dump(mode="json")
-        for name in ("compute", "checkpoint"):
+        for name in ("compute", "checkpoint", "samples"):
             full.pop(name)
         full["input"].pop("path")
         return full

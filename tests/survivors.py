@@ -1,7 +1,7 @@
 """Jobs that are killed. Runs in a process of its own: it imports torch once and forks each attempt, before any thread
 exists, so an attempt costs milliseconds instead of an import.
 
-    python tests/survivors.py kills FOLDER [COUNT ct|mri|pet]   -> JSON on stdout
+    python tests/survivors.py kills FOLDER [COUNT ct|mri|pet|several]   -> JSON on stdout
     python tests/survivors.py signals FOLDER
     python tests/survivors.py memory FOLDER RECIPE
 """
@@ -69,6 +69,10 @@ def reconstruction(folder, **settings):
     )  # fmt: skip
 
 
+def several(folder, **settings):
+    return reconstruction(folder, samples=3, **settings)
+
+
 def fork(work):
     """Run `work` in a child that takes its exit code; gives the child's pid."""
     pid = os.fork()
@@ -89,7 +93,8 @@ def finish(pid):
 
 def attempt(folder, job="ct"):
     def work():
-        run = {"ct": reconstruction, "mri": mri_reconstruction, "pet": pet_reconstruction}[job]
+        jobs = {"ct": reconstruction, "mri": mri_reconstruction, "pet": pet_reconstruction, "several": several}
+        run = jobs[job]
         # one thread: on a busy machine two wait for each other more than they compute
         torch.set_num_threads(1)
         run(folder, workers=1, schedule=Schedule(every_levels=1), output=OutputConfig(preview=False))

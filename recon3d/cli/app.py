@@ -30,6 +30,10 @@ Prior = Annotated[str | None, typer.Option(help="Packaged prior or a folder.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value, repeatable.")]
 Force = Annotated[bool, typer.Option("--force", help="Discard what the folder holds; go on beyond free memory.")]
+Samples = Annotated[
+    int | None,
+    typer.Option(help="Runs with other random numbers; of several, mean, standard deviation and 90 % interval."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
@@ -45,6 +49,7 @@ def recon(
     recipe: Recipe = None,
     prior: Prior = None,
     device: Device = None,
+    samples: Samples = None,
     config: Config = None,
     set_: Sets = None,
     force: Force = False,
@@ -53,7 +58,7 @@ def recon(
     """Reconstruct a volume. The same command on an unfinished run goes on with it."""
     from recon3d.config import load_config
 
-    job = load_config(config, set_ or (), _given(input_, recipe, prior, device))
+    job = load_config(config, set_ or (), _given(input_, recipe, prior, device, samples))
     _run(job, output, force, quiet)
 
 
@@ -61,6 +66,7 @@ def recon(
 def resume(
     folder: Annotated[Path, typer.Argument(help="Folder of an unfinished run.")],
     device: Device = None,
+    samples: Annotated[int | None, typer.Option(help="Of a run of several samples: another number of them.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="compute.* and checkpoint.* only.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -77,7 +83,7 @@ def resume(
     for text in set_ or ():
         if not text.startswith(("compute.", "checkpoint.")):
             raise ConfigError(f"--set {text}: a run can only be resumed with other compute.* and checkpoint.* settings")
-    job = load_config(folder / CONFIG, set_ or (), {"compute.device": device} if device else {})
+    job = load_config(folder / CONFIG, set_ or (), _given(None, None, None, device, samples))
     _run(job, folder, False, quiet)
 
 
@@ -87,6 +93,7 @@ def plan(
     recipe: Recipe = None,
     prior: Prior = None,
     device: Device = None,
+    samples: Samples = None,
     config: Config = None,
     set_: Sets = None,
     probe: Annotated[bool, typer.Option(help="Time one slice; without it only memory is predicted.")] = True,
@@ -96,7 +103,8 @@ def plan(
     from recon3d.api import plan_job
     from recon3d.config import load_config
 
-    found = plan_job(load_config(config, set_ or (), _given(input_, recipe, prior, device)), probe=probe)
+    job = load_config(config, set_ or (), _given(input_, recipe, prior, device, samples))
+    found = plan_job(job, probe=probe)
     if json_:
         import json
 
@@ -117,12 +125,15 @@ tools.add_to(app)
 app.add_typer(weights.app)
 
 
-def _given(input_: Path | None, recipe: str | None, prior: str | None, device: str | None) -> dict[str, Any]:
+def _given(
+    input_: Path | None, recipe: str | None, prior: str | None, device: str | None, samples: int | None
+) -> dict[str, Any]:
     values = {
         "input.path": None if input_ is None else str(input_),
         "recipe": recipe,
         "prior": prior,
         "compute.device": device,
+        "samples": samples,
     }
     return {key: value for key, value in values.items() if value is not None}
 
@@ -151,7 +162,9 @@ def _run(job: Any, output: Path, force: bool, quiet: bool) -> None:
 def _summary(result: Result, output: Path) -> str:
     t = result.timings
     nz, ny, nx = result.grid.shape
+    several = "" if result.uncertainty is None else f"mean of {result.uncertainty.samples} samples, "
     return (
-        f"{output / 'volume.nii.gz'}: {nz} x {ny} x {nx} voxels in {t.total:.1f} s, {100 * t.outside_network:.0f} % "
-        f"of it outside the network; peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
+        f"{output / 'volume.nii.gz'}: {several}{nz} x {ny} x {nx} voxels in {t.total:.1f} s, "
+        f"{100 * t.outside_network:.0f} % of it outside the network; "
+        f"peak memory {result.peak_memory_bytes / 2**30:.2f} GiB"
     )

@@ -113,6 +113,15 @@ class Checkpoint:
         """
         return self._pointer() is not None
 
+    def meta(self) -> dict[str, Any] | None:
+        """What was said beside the tensors of the last published checkpoint; reads the pointer alone.
+
+        Raises:
+            CheckpointError: it belongs to another job, or cannot be read.
+        """
+        found = self._pointer()
+        return None if found is None else found[2]
+
     def load(self) -> Saved | None:
         """The last published checkpoint; None when there is none yet.
 

@@ -4,6 +4,7 @@ config.resolved.yaml   the job with every default written out
 events.jsonl           what happened, one line each
 checkpoint/            the state of an unfinished run; removed once the run is complete
 volume.nii.gz (and phase.nii.gz of complex images), preview.png, metrics.json
+std.nii.gz, low.nii.gz, high.nii.gz, sample_0000.nii.gz, ...: of a run of several samples
 manifest.json          written last: the run is complete when it exists, and only then
 """
 
@@ -25,7 +26,8 @@ from recon3d.engine.checkpoint import Checkpoint, disk_errors, locked, sha256_fi
 from recon3d.engine.events import Events, Listener
 
 MANIFEST, CONFIG, EVENTS, CHECKPOINT = "manifest.json", "config.resolved.yaml", "events.jsonl", "checkpoint"
-OUTPUTS = ("volume.nii.gz", "phase.nii.gz", "preview.png", "metrics.json")
+OUTPUTS = ("volume.nii.gz", "phase.nii.gz", "std.nii.gz", "low.nii.gz", "high.nii.gz", "preview.png", "metrics.json")
+SAMPLES = "sample_[0-9][0-9][0-9][0-9].nii.gz"
 
 Status = Literal["new", "unfinished", "complete"]
 
@@ -86,6 +88,8 @@ class RunFolder:
         """Remove what a run left, and nothing else; the manifest goes first."""
         for name in (MANIFEST, CONFIG, EVENTS, *OUTPUTS):
             (self.path / name).unlink(missing_ok=True)
+        for sample in self.path.glob(SAMPLES):
+            sample.unlink()
         if (self.path / CHECKPOINT).is_dir():
             shutil.rmtree(self.path / CHECKPOINT)
 
@@ -97,7 +101,7 @@ class RunFolder:
         """Publish manifest.json with the digests of all outputs, which completes the run; the checkpoint goes after."""
         outputs = {
             name: {"sha256": sha256_file(self.path / name), "bytes": (self.path / name).stat().st_size}
-            for name in OUTPUTS
+            for name in (*OUTPUTS, *sorted(path.name for path in self.path.glob(SAMPLES)))
             if (self.path / name).exists()
         }
         write_json(self.path / MANIFEST, {**content, "outputs": outputs})

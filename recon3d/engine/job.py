@@ -170,8 +170,12 @@ def solve(
     saved = store.load() if store is not None else None
     timings, attempts = Timings(), 1
 
+    # executor and operator may have served runs before
+    before = executor.seconds, executor.cpu_seconds, getattr(job.operator, "seconds", 0.0)
+
     def clocks() -> tuple[float, float, float]:
-        return executor.seconds, executor.cpu_seconds, getattr(job.operator, "seconds", 0.0)
+        now = executor.seconds, executor.cpu_seconds, getattr(job.operator, "seconds", 0.0)
+        return now[0] - before[0], now[1] - before[1], now[2] - before[2]
 
     if saved is None:
         start, cpu = time.perf_counter(), time.process_time()

@@ -34,6 +34,8 @@ _DUAL_VOLUMES, _PULL_VOLUMES = 2, 2
 _SPECTRA, _SPECTRUM_SLAB = 5, 8
 # code and tables that load on first use, and gaps in the heap: 5 to 55 MiB measured over recipes and sizes
 _OVERHEAD = 32 << 20
+# mean and squared deviations of several samples (complex mean, both of magnitudes); std and both ends of the interval
+_MOMENTS, _MAPS = 2, 3
 # picture: the direct image, both volumes in their unit, and the plotting library
 _PICTURE_VOLUMES, _PICTURE_BYTES = 5, 70 << 20
 
@@ -52,6 +54,7 @@ class Plan:
         available: bytes free on the host.
         device_available: bytes free on the GPU.
         budget: bytes allowed by the job; None for all that is free.
+        samples: runs with other random numbers, which `seconds` counts all.
     """
 
     host_bytes: int
@@ -64,6 +67,7 @@ class Plan:
     device_available: int = 0
     budget: int | None = None
     resident: int = 0
+    samples: int = 1
     seconds_by: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -87,6 +91,7 @@ class Plan:
             "estimated_s": None if self.seconds is None else round(self.seconds, 1),
             "estimated_by_s": {name: round(value, 1) for name, value in self.seconds_by.items()},
             "levels": self.levels,
+            "samples": self.samples,
             "device": self.device,
             "available_bytes": self.available,
         }
@@ -99,13 +104,21 @@ class Plan:
             lines.append(f"GPU memory   {_gib(self.device_bytes)} of {_gib(self.device_available)} free")
         if self.seconds is not None:
             split = ", ".join(f"{name} {_duration(value)}" for name, value in self.seconds_by.items())
-            lines.append(f"time         {_duration(self.seconds)} for {self.levels} levels on {self.device} ({split}),")
+            work = f"{self.levels} levels" if self.samples == 1 else f"{self.samples} samples of {self.levels} levels"
+            lines.append(f"time         {_duration(self.seconds)} for {work} on {self.device} ({split}),")
             lines.append("             an estimate from a short probe; other work on this machine changes it")
         short = self.short_of_memory
         return "\n".join([*lines, *([f"does not fit: {short}"] if short else [])])
 
 
-def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, picture: bool = False) -> Plan:
+def predict(
+    problem: Problem,
+    compute: ComputeConfig,
+    probe: bool = True,
+    picture: bool = False,
+    samples: int = 1,
+    disk: bool = True,
+) -> Plan:
     """Predict peak memory and time.
 
     Args:
@@ -113,6 +126,8 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
         compute: the machine's settings.
         probe: also time the prior and the projector; a second or two.
         picture: count a preview too.
+        samples: runs with other random numbers.
+        disk: their moments lie in a folder while a sample is drawn.
 
     Returns:
         The plan; `short_of_memory` says whether it fits.
@@ -122,10 +137,12 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
     batch = compute.batch_size or (8 if cuda else workers)
     flight = min(batch if cuda else min(batch, workers), problem.scan.grid.shape[0])
     levels = len(_levels(problem))
-    activations, seconds_by = _probe(problem, compute, flight, workers, probe, levels)
+    activations, seconds_by = _probe(problem, compute, flight, workers, probe, levels * samples)
     trim()  # what reading and the probe left behind is not the job's
     resident = resident_bytes()
     phases = _phases(problem, activations, picture and not cuda)
+    if samples > 1:
+        _add_samples(phases, problem, disk)
     parts = max(phases.values(), key=lambda found: sum(found.values()))
     budget = None if compute.memory_budget_gib is None else int(compute.memory_budget_gib * 2**30)
     seconds = sum(seconds_by.values()) * 1.03 if seconds_by else None
@@ -133,7 +150,8 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
     if cuda:
         device_bytes = sum(parts.values()) + problem.scan.y_bytes
         free = int(torch.cuda.mem_get_info(problem.scan.device)[0])
-        parts = {"volume on the host": problem.scan.volume_bytes}
+        # the sample that is finished, mean and squared deviations
+        parts = {"volumes on the host": (1 if samples == 1 else 1 + _MOMENTS) * problem.scan.volume_bytes}
     parts = {"process with data and prior": resident, **{name: size for name, size in parts.items() if size}}
     parts["code and heap gaps"] = _OVERHEAD
     return Plan(
@@ -147,6 +165,7 @@ def predict(problem: Problem, compute: ComputeConfig, probe: bool = True, pictur
         device_available=free,
         budget=budget,
         resident=resident,
+        samples=samples,
         seconds_by=seconds_by,
     )
 
@@ -174,6 +193,18 @@ def _phases(problem: Problem, activations: int, picture: bool) -> dict[str, dict
     if picture:
         phases["picture"] = {"volumes": _PICTURE_VOLUMES * volume, "plotting": _PICTURE_BYTES}
     return phases
+
+
+def _add_samples(phases: dict[str, dict[str, int]], problem: Problem, disk: bool) -> None:
+    """What several samples need beside one run: the start image they share, and moments that no disk has."""
+    volume, recipe = problem.scan.volume_bytes, problem.recipe.resolved()
+    shared = 0 if problem.scan.keeps_start or recipe.start.image == "offset" else volume
+    moments = 0 if disk else _MOMENTS * volume
+    for name in ("prior", "data", "start"):
+        phases[name]["volumes"] += shared + moments
+    if "picture" in phases:
+        phases["picture"]["volumes"] += _MAPS * volume
+    phases["moments"] = {"volumes": (1 + _MOMENTS + _MAPS) * volume + shared}
 
 
 def _probe(

@@ -130,6 +130,10 @@ class Scan(ABC):
     def save(self, path: Path, volume: Tensor, output: OutputConfig) -> None:
         """Write a volume as NIfTI."""
 
+    def save_spread(self, path: Path, spread: Tensor, output: OutputConfig) -> None:
+        """Write differences of volumes, such as a standard deviation, in the unit of `save`."""
+        self.save(path, spread, output)
+
     def write(self, folder: Path, volume: Tensor, output: OutputConfig) -> None:
         """Write the result as volume.nii.gz, and what else belongs to it."""
         self.save(folder / "volume.nii.gz", volume, output)

@@ -104,6 +104,14 @@ class CTScan(Scan):
 
         write_nifti(path, volume, self.grid, **_unit(output))
 
+    def save_spread(self, path: Path, spread: Tensor, output: OutputConfig) -> None:
+        """In HU without their zero point, or in 1/mm."""
+        from recon3d.io import write_nifti
+
+        hu = _unit(output)["unit"] == "hu"
+        factor = 1000 / _unit(output)["mu_water_per_mm"] if hu else 1.0
+        write_nifti(path, spread * factor, self.grid, label="HU" if hu else "1/mm")
+
     def work_bytes(self) -> dict[str, dict[str, int]]:
         depth = self.grid.shape[0]
         return {
