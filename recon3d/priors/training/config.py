@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recon3d.priors.networks import UNetConfig
 
-__all__ = ["CropConfig", "DataConfig", "LesionConfig", "PhaseConfig", "SourceConfig", "TrainConfig"]
+__all__ = ["ConditionConfig", "CropConfig", "DataConfig", "LesionConfig", "PhaseConfig", "SourceConfig", "TrainConfig"]
 
 
 Plane = Literal["axial", "coronal", "sagittal"]
@@ -29,6 +29,11 @@ class SourceConfig(_Strict):
     )
     attribution: str = Field("", description="source and licence, copied to the model card")
     plane: Plane | None = Field(None, description="plane of its slices; null: data.plane")
+    condition: str | None = Field(
+        None,
+        description="file or glob of the images beside the volumes, relative to DataConfig.root; what its wildcards "
+        "stand for says which belongs to which",
+    )
 
 
 class CropConfig(_Strict):
@@ -61,6 +66,27 @@ class LesionConfig(_Strict):
     cold: tuple[float, float] = Field((0.0, 0.6), description="cold spot over its surroundings, uniform")
     cold_share: float = Field(0.25, ge=0, le=1)
     edge_px: tuple[float, float] = Field((0.3, 1.2), description="width of the edge: the scanner's blur")
+
+
+class ConditionConfig(_Strict):
+    """The image that a conditional prior is shown, cut and turned with the target; without noise.
+
+    A volume is clipped and divided by its percentile where one is given; the network sees (value - offset) / scale.
+    """
+
+    validation: str = Field(description="the image of the validation volume")
+    what: str = Field(description="contrast and unit, such as T1-weighted MR in arbitrary units")
+    clip: tuple[float, float] = Field((-1e9, 1e9), description="file values are clipped to this first")
+    percentile: float | None = Field(None, gt=50, le=100, description="each volume is divided by this percentile")
+    offset: float = 0.0
+    scale: float = Field(1.0, gt=0)
+    background: float = Field(0.0, description="value outside the image, after the division by the percentile")
+    gain_jitter: float = Field(0.1, ge=0, lt=1, description="brightness of its crops, apart from the target's")
+
+    @property
+    def empty(self) -> float:
+        """The background in network units."""
+        return (self.background - self.offset) / self.scale
 
 
 class DataConfig(_Strict):
@@ -117,6 +143,17 @@ class DataConfig(_Strict):
         False, description="twice the channels: the real parts, then the imaginary ones, under a random phase"
     )
     phase: PhaseConfig = PhaseConfig()
+    condition: ConditionConfig | None = Field(None, description="for a conditional prior: the image beside the state")
+
+    @model_validator(mode="after")
+    def _paired(self) -> DataConfig:
+        for source in self.sources:
+            if (source.condition is None) != (self.condition is None):
+                raise ValueError(
+                    f"sources: {source.path!r} {'lacks' if source.condition is None else 'has'} a condition; "
+                    "a conditional prior has data.condition and a condition in every source, all others neither"
+                )
+        return self
 
     @model_validator(mode="after")
     def _ordered(self) -> DataConfig:
@@ -198,15 +235,24 @@ class TrainConfig(_Strict):
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
             raise ValueError(f"sigma_range must be [low, high] with 0 < low < high, got {list(self.sigma_range)}")
         wanted = self.data.slices * (2 if self.data.complex else 1)
-        if (self.network.in_channels, self.network.out_channels) != (wanted, wanted):
+        seen = wanted + self.cond_channels
+        if (self.network.in_channels, self.network.out_channels) != (seen, wanted):
+            must = f"in_channels and out_channels must be {wanted}"
+            if self.cond_channels:
+                must = f"in_channels must be {seen} ({self.cond_channels} for the condition) and out_channels {wanted}"
             raise ValueError(
-                f"network: in_channels and out_channels must be {wanted} where data.complex is {self.data.complex} "
-                f"and data.slices is {self.data.slices}, got {self.network.in_channels} and {self.network.out_channels}"
+                f"network: {must} where data.complex is {self.data.complex} and data.slices is {self.data.slices}, "
+                f"got {self.network.in_channels} and {self.network.out_channels}"
             )
         for crop in self.crops:
             if crop.size % self.network.multiple:
                 raise ValueError(f"crops: size must be a multiple of {self.network.multiple}, got {crop.size}")
         return self
+
+    @property
+    def cond_channels(self) -> int:
+        """Channels of the condition that join the state's at the network's input."""
+        return 0 if self.data.condition is None else self.data.slices
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:

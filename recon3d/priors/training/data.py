@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from recon3d.io import BadInput
 from recon3d.priors.training.config import DataConfig, LesionConfig, PhaseConfig, TrainConfig
+from recon3d.priors.training.pairs import partners, with_condition
 
 __all__ = ["SliceData", "Volume", "load_volume", "random_phase", "with_lesions"]
 
@@ -33,6 +34,7 @@ class Volume:
     weight: float
     max_block_z: int
     open_air: bool  # the border is background, so background may be continued beyond it
+    condition: Tensor | None = None  # [z, y, x] float32 in network units, for a conditional prior
 
 
 def load_volume(
@@ -109,28 +111,38 @@ class SliceData:
             found = [p for p in found if p.name.removesuffix(".gz").removesuffix(".nii") not in skip]
             if not found:
                 raise ValueError(f"training data: no volume matches {source.path!r} under {root}")
-            for path in found:
-                share = source.weight / len(found)
-                self.volumes.append(load_volume(path, data, share, source.max_block_z, source.plane))
+            beside = [] if source.condition is None else partners(found, source.path, source.condition, root)
+            for k, path in enumerate(found):
+                volume = load_volume(path, data, source.weight / len(found), source.max_block_z, source.plane)
+                if data.condition is not None:
+                    volume = with_condition(volume, path, beside[k], data.condition, source.plane or data.plane)
+                self.volumes.append(volume)
         self.validation = load_volume(held_out, data)
+        if data.condition is not None:
+            other = root / data.condition.validation
+            self.validation = with_condition(self.validation, held_out, other, data.condition, data.plane)
         self._background = (data.background - data.file_offset) / data.file_scale
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Clean crops [b, channel, row, col], noise levels [b] and unit noise shaped as the crops."""
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        """Clean crops [b, channel, row, col], noise levels [b], unit noise shaped as the crops, and any conditions."""
         cfg = self.config
         rng = np.random.Generator(np.random.Philox(key=cfg.seed, counter=[0, 0, 0, step]))
         shares = np.array([c.share for c in cfg.crops])
         crop = cfg.crops[int(rng.choice(len(shares), p=shares / shares.sum()))]
-        clean = torch.stack([self._crop(rng, crop.size) for _ in range(crop.batch)])
+        drawn = [self._crop(rng, crop.size) for _ in range(crop.batch)]
+        clean, *beside = (torch.stack(crops) for crops in zip(*drawn, strict=True))
         # stratified over the batch: every step sees low and high levels
         u = (rng.permutation(crop.batch) + rng.random(crop.batch)) / crop.batch
         log_sigma = cfg.log_sigma_mean + cfg.log_sigma_std * _normal_quantile(u)
         sigma = torch.from_numpy(np.clip(np.exp(log_sigma), *cfg.sigma_range)).float()
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
-        return clean, sigma, noise
+        return clean, sigma, noise, *beside
 
-    def validation_set(self) -> tuple[Tensor, Tensor]:
-        """Evenly spaced slices or groups of the held-out volume, cut to the network's multiple, and fixed noise."""
+    def validation_set(self) -> tuple[Tensor, ...]:
+        """Evenly spaced slices or groups of the held-out volume, cut to the network's multiple, and fixed noise.
+
+        The slices of the condition come third where there is one.
+        """
         v = self.validation.values
         k = min(self.config.validation_slices, v.shape[0])
         index = np.linspace(0, v.shape[0] - 1, k + 2).round().astype(int)[1:-1] if k + 2 <= v.shape[0] else np.arange(k)
@@ -144,9 +156,12 @@ class SliceData:
             step = self._step_px(self.validation)
             clean = torch.stack([_turned(x, random_phase(rng, x, self.config.data.phase, step)) for x in clean])
         noise = rng.standard_normal(clean.shape, dtype=np.float32)
-        return clean, torch.from_numpy(noise)
+        c = self.validation.condition
+        beside = () if c is None else (torch.stack([c[z : z + n, :h, :w] for z in first]),)
+        return clean, torch.from_numpy(noise), *beside
 
-    def _crop(self, rng: np.random.Generator, size: int) -> Tensor:
+    def _crop(self, rng: np.random.Generator, size: int) -> tuple[Tensor, ...]:
+        """A crop [channel, row, col], and that of the condition where there is one."""
         data = self.config.data
         fits = [v for v in self.volumes if min(v.values.shape[1:]) >= 0.75 * size] or self.volumes
         p = np.array([v.weight for v in fits])
@@ -156,21 +171,36 @@ class SliceData:
         thick = min(1 + int(rng.random() < 0.4) * int(rng.integers(1, 8)), volume.max_block_z, depth // n)
         for _ in range(4):
             z = int(rng.integers(0, depth - n * thick + 1))
-            x = volume.values[z : z + n * thick]
-            x = x if thick == 1 else x.unflatten(0, (n, thick)).mean(dim=1)
+            drawn = rng.bit_generator.state
+            x = _blocks(volume.values[z : z + n * thick], thick)
             x = self._cut(rng, x, size, zoom, angle, volume.open_air)
             if float(x.mean()) > self._background + data.least_mean:  # not an all-background crop
                 break
+        both = [x]
+        if volume.condition is not None and data.condition is not None:
+            # the same draws once more: the condition is cut where the target was
+            rng.bit_generator.state = drawn
+            c = _blocks(volume.condition[z : z + n * thick], thick)
+            both.append(self._cut(rng, c, size, zoom, angle, volume.open_air, data.condition.empty))
         for axis, share in ((2, 0.5), (1, data.flip_rows)):
             if rng.random() < share:
-                x = x.flip(axis)
+                both = [x.flip(axis) for x in both]
         if n > 1 and rng.random() < 0.5:
-            x = x.flip(0)
+            both = [x.flip(0) for x in both]
         step = self._step_px(volume) * thick / zoom
         if data.lesions.share > 0 and rng.random() < data.lesions.share:
-            x = with_lesions(rng, x, data.lesions, step)
+            both[0] = with_lesions(rng, both[0], data.lesions, step)
         if data.quarter_turns > 0 and rng.random() < data.quarter_turns:
-            x = x.mT
+            both = [x.mT for x in both]
+        x = self._varied(rng, both[0], step)
+        if data.condition is None:
+            return (x,)
+        gain = 1 + data.condition.gain_jitter * (2 * rng.random() - 1)
+        return x, (both[1] - data.condition.empty) * gain + data.condition.empty
+
+    def _varied(self, rng: np.random.Generator, x: Tensor, step: float) -> Tensor:
+        """A crop with another brightness and contrast, and a phase; slices are `step` pixels apart."""
+        data = self.config.data
         gain = 1 + data.gain_jitter * (2 * rng.random() - 1)
         shift = data.offset_jitter * (2 * rng.random() - 1)
         gain *= _between(rng, data.gain)
@@ -178,7 +208,7 @@ class SliceData:
         if gamma != 1:
             x = x.clamp(min=0) ** gamma
         if data.shading > 1:
-            x = (x - self._background) * _shading(rng, size, data.shading) + self._background
+            x = (x - self._background) * _shading(rng, x.shape[-1], data.shading) + self._background
         # the gain acts about the background, so that air stays air
         x = (x - self._background) * gain + self._background + shift
         return _turned(x, random_phase(rng, x, data.phase, step)) if data.complex else x
@@ -201,12 +231,23 @@ class SliceData:
         zoom = math.exp(rng.uniform(math.log(low), math.log(high)))
         return zoom, math.radians(data.rotate_deg) * (2 * rng.random() - 1)
 
-    def _cut(self, rng: np.random.Generator, x: Tensor, size: int, zoom: float, angle: float, open_air: bool) -> Tensor:
+    def _cut(
+        self,
+        rng: np.random.Generator,
+        x: Tensor,
+        size: int,
+        zoom: float,
+        angle: float,
+        open_air: bool,
+        background: float | None = None,
+    ) -> Tensor:
+        """A crop; `background` (network units) lies around x in open air, None for that of the target."""
         h, w = x.shape[-2:]
+        background = self._background if background is None else background
         if zoom == 1.0 and angle == 0.0 and open_air | (min(h, w) >= size):
             top, left = (_start(rng, n, size) for n in (h, w))
             pad = (max(0, -left), max(0, left + size - w), max(0, -top), max(0, top + size - h))
-            x = F.pad(x, pad, value=self._background)
+            x = F.pad(x, pad, value=background)
             return x[..., top + pad[2] : top + pad[2] + size, left + pad[0] : left + pad[0] + size]
         # centre of the crop, in pixels of x, with the same rule as above for the cut of `size * zoom` pixels
         cy, cx = (_start(rng, n, round(size * zoom)) + 0.5 * size * zoom for n in (h, w))
@@ -219,11 +260,16 @@ class SliceData:
         cols = cx + s * at[:, None] + c * at[None, :]
         grid = torch.stack([2 * cols / w - 1, 2 * rows / h - 1], dim=-1)[None]
         mode = "zeros" if open_air else "reflection"
-        above = (x - self._background).reshape(1, -1, h, w)
+        above = (x - background).reshape(1, -1, h, w)
         y = F.grid_sample(above, grid, mode="bicubic", padding_mode=mode, align_corners=False)
         if over == 2:
             y = F.avg_pool2d(y, 2)
-        return y.reshape(*x.shape[:-2], size, size).clamp(min=0) + self._background
+        return y.reshape(*x.shape[:-2], size, size).clamp(min=0) + background
+
+
+def _blocks(x: Tensor, thick: int) -> Tensor:
+    """Means over blocks of `thick` slices."""
+    return x if thick == 1 else x.unflatten(0, (-1, thick)).mean(dim=1)
 
 
 def _start(rng: np.random.Generator, n: int, size: int) -> int:

@@ -26,6 +26,7 @@ from recon3d.priors.networks import EDMDenoiser, UNet
 from recon3d.priors.training.config import TrainConfig
 from recon3d.priors.training.curve import write_curve
 from recon3d.priors.training.data import SliceData
+from recon3d.priors.training.pairs import condition_card
 
 __all__ = ["Progress", "TrainResult", "train"]
 
@@ -179,8 +180,8 @@ class _Run:
         # shares are cut by the configuration alone and added in order: the sum does not depend on timing
         cuts = [t.tensor_split(min(cfg.workers, images)) for t in batch]
         jobs = [
-            self.pool.submit(self._gradient, model, clean, sigma, noise, images)
-            for model, clean, sigma, noise in zip(self.replicas, *cuts, strict=False)
+            self.pool.submit(self._gradient, model, images, *share)
+            for model, *share in zip(self.replicas, *cuts, strict=False)
         ]
         losses = [job.result() for job in jobs]
         for replica in self.replicas[1 : len(losses)]:
@@ -203,11 +204,11 @@ class _Run:
         count.loss = value if math.isnan(count.loss) else count.loss + 0.01 * (value - count.loss)
         return rate
 
-    def _gradient(self, model: EDMDenoiser, clean: Tensor, sigma: Tensor, noise: Tensor, images: int) -> float:
+    def _gradient(self, model: EDMDenoiser, images: int, clean: Tensor, *rest: Tensor) -> float:
         """Gradient of a share's part of the batch mean, left in the model; returns that part of the loss."""
         model.zero_grad(set_to_none=True)
         with self._autocast():
-            loss = model.loss(clean.contiguous(memory_format=torch.channels_last), sigma, noise)
+            loss = model.loss(clean.contiguous(memory_format=torch.channels_last), *rest)
         loss = loss * (len(clean) / images)
         torch.autograd.backward(loss)
         return float(loss.detach())
@@ -234,7 +235,7 @@ class _Run:
         model = self._denoiser(self.device)
         model.net.load_state_dict(self.ema)
         model.eval()
-        clean, noise = (t.to(self.device) for t in self.data.validation_set())
+        clean, noise, *beside = (t.to(self.device) for t in self.data.validation_set())
         row: dict[str, float] = {
             "step": self.count.step,
             "images": self.count.images,
@@ -243,9 +244,9 @@ class _Run:
         row["train_loss"] = self.count.loss
         for level in cfg.validation_sigmas:
             error = 0.0
-            for x, z in zip(clean[:, None], noise[:, None], strict=True):
+            for x, z, *c in zip(clean[:, None], noise[:, None], *(b[:, None] for b in beside), strict=True):
                 with self._autocast():
-                    d = model(x + level * z, torch.full((1,), level, device=self.device))
+                    d = model(x + level * z, torch.full((1,), level, device=self.device), *c)
                 error += float((d - x).double().square().mean()) / clean.shape[0]
             self.latest[level] = 10 * math.log10(1 / error)
             row[f"loss_sigma_{level:g}"] = error * (level**2 + cfg.sigma_data**2) / (level * cfg.sigma_data) ** 2
@@ -275,7 +276,9 @@ class _Run:
             offset=card.offset,
             scale=card.scale,
             unit=card.unit,
-            channels=cfg.network.in_channels,
+            channels=cfg.network.out_channels,
+            cond_channels=cfg.cond_channels,
+            condition=None if cfg.data.condition is None else condition_card(cfg.data.condition),
             slices=cfg.data.slices,
             value_range=(card.offset + card.scale * low, card.offset + card.scale * high) if known else None,
             path="edm",
@@ -346,17 +349,20 @@ class _Run:
                 self.adam.state[p] = {"step": torch.tensor(float(self.count.step)), **moments}
 
 
-def _start_from(net: torch.nn.Module, folder: str, slices: int) -> None:
+def _start_from(net: torch.nn.Module, folder: str, slices: int, joined: int = 0) -> None:
     """Copy the tensors of a prior folder that the network has with the same name and shape.
 
     Where the network sees several slices and that prior one, the first convolution starts as one of their mean, and
-    the last gives every slice the same.
+    the last gives every slice the same. A kernel that only lacks the `joined` input channels of a condition gets zeros
+    for those: the network then starts as the prior that it came from, blind to the condition.
     """
     card, state = read_folder(folder)
-    if slices > 1 and card.slices == 1:
-        for k, p in net.named_parameters():
-            if k in state and state[k].ndim == p.ndim:
-                state[k] = _repeated(state[k], p.shape, slices)
+    for k, p in net.named_parameters():
+        if k in state and state[k].ndim == p.ndim:
+            if slices > 1 and card.slices == 1:
+                state[k] = _repeated(state[k], p.shape, slices, joined)
+            if joined and p.ndim == 4 and state[k].shape[1] + joined == p.shape[1]:
+                state[k] = torch.nn.functional.pad(state[k], (0, 0, 0, 0, 0, joined))
     with torch.no_grad():
         same = [(p, state[k]) for k, p in net.named_parameters() if k in state and state[k].shape == p.shape]
         for p, value in same:
@@ -365,9 +371,9 @@ def _start_from(net: torch.nn.Module, folder: str, slices: int) -> None:
         raise ValueError(f"train: init {folder} has no tensor with a name and shape of this network; leave init out")
 
 
-def _repeated(value: Tensor, shape: torch.Size, slices: int) -> Tensor:
-    """A tensor whose channels in or out are those of one slice, for slices side by side."""
-    if value.ndim > 1 and value.shape[1] * slices == shape[1]:
+def _repeated(value: Tensor, shape: torch.Size, slices: int, joined: int) -> Tensor:
+    """A tensor whose channels in or out are those of one slice, for slices side by side (and `joined` channels in)."""
+    if value.ndim > 1 and value.shape[1] * slices in (shape[1], shape[1] - joined):
         value = value.repeat_interleave(slices, dim=1) / slices
     return value.repeat_interleave(slices, dim=0) if value.shape[0] * slices == shape[0] else value
 
