@@ -11,9 +11,18 @@ which one fused kernel evaluates (recon3d.ops.renoise). With q = sigma'^2 / sigm
 * ancestral: a = sqrt(q) and b^2 sigma'^2 = q (sigma^2 - sigma'^2) + (1-q)^2 v with v the variance of x0 given u that
   one step is to add: 0 ("small", DDPM's posterior variance), sigma^2 ("large", the reverse diffusion step of score
   SDE) or 1/(1/sigma^2 + 1/prior_std^2), which is exact for a white prior of that spread, whatever the number of steps.
+  With prior_std of one network unit that is DDPM's other choice, variance beta_t (Ho et al., NeurIPS 2020).
+* time travel (Level.dip): a step goes down to the dip, and noise of the missing variance lifts the state to sigma'
+  in the same pass: a sigma' = a_dip dip, (b sigma')^2 = (b_dip dip)^2 + sigma'^2 - dip^2.
 * full: a = 0, b = 1 (DAPS, SITCOM, Flower, ISCS). The estimate is a mean, so full renoising alone has too little
   spread; `prior_std` adds the missing variance v. A point estimate gains from the opposite: the error of x0c is part of
   what the prior is to remove next, and b = `amount` below 1 leaves room for it within sigma'.
+* em: Euler-Maruyama of the reverse diffusion du = -(dsigma^2/dt) score dt + (dsigma^2/dt)^(1/2) dw, which is the same
+  on every path once the state is canonical. The path's clock says how much variance v = (dsigma^2/dt) dt a step of the
+  grid has: "ve" 2 sigma^2 log(sigma/sigma'), "vp" (1 + sigma^2) log((1 + sigma^2)/(1 + sigma'^2)), sigma in network
+  units; u' = u + v score + sqrt(v) z. (ancestral "large" is the same with v = sigma^2 - sigma'^2, with no clock.)
+* heun: the probability flow du/dsigma = (u - x0c) / sigma by Heun's rule, two visits a step; second order where eta = 0
+  is first order.
 * corrector visits: one Langevin step u' = u + h score + sqrt(2 h) z with h = 2 (snr |z| / |score|)^2 (Song et al.,
   ICLR 2021), norms per slice; over the batch only to compare with published code. The step depends on the very noise
   it scales, which widens the law by about 4 / pixels; "expected" norms, h = 2 (snr sigma)^2, do not and need no pass
@@ -23,6 +32,7 @@ which one fused kernel evaluates (recon3d.ops.renoise). With q = sigma'^2 / sigm
 from __future__ import annotations
 
 import math
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,11 +40,15 @@ import torch
 from torch import Tensor
 
 from recon3d import ops
+from recon3d.dormand_prince import DormandPrince
 from recon3d.ops.philox import NoiseKey
 from recon3d.real_view import draw_like, real_view
 from recon3d.trajectory import Level
 
-__all__ = ["DDIM", "Ancestral", "Full", "Renoise", "Rule", "langevin"]
+__all__ = ["DDIM", "Ancestral", "EulerMaruyama", "Full", "Heun", "Renoise", "Rule", "langevin"]
+
+# the half-way state of a Heun step, among what a run carries
+_HALF_WAY = "heun"
 
 Norms = Literal["slice", "part", "expected", "volume"]
 
@@ -105,7 +119,44 @@ class Full:
         return 0.0, self.amount * math.sqrt(1 + lacking / sigma_next**2)
 
 
-Rule = DDIM | Ancestral | Full
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """Euler-Maruyama of the reverse diffusion; steps are measured by the clock of a path.
+
+    Attributes:
+        clock: "ve", equal times are equal ratios of sigma; or "vp", dt is an increment of log(1 + sigma^2).
+        scale: user units per network unit, for "vp".
+    """
+
+    clock: Literal["ve", "vp"] = "ve"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.clock not in ("ve", "vp"):
+            raise ValueError(f"EulerMaruyama: clock must be 've' or 'vp', got {self.clock!r}")
+
+    def weights(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        if self.clock == "ve":
+            v = 2 * sigma**2 * math.log(sigma / sigma_next)
+        else:
+            unit = self.scale**2
+            v = (unit + sigma**2) * math.log((unit + sigma**2) / (unit + sigma_next**2))
+        return (1 - v / sigma**2) * sigma / sigma_next, math.sqrt(v) / sigma_next
+
+
+@dataclass(frozen=True)
+class Heun:
+    """Heun's rule for the probability flow; needs a trajectory of "predict" and "refine" visits.
+
+    The slope is that of the estimate the data agree with, at both visits: direction does not apply.
+    """
+
+    def weights(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        """Of the first visit, which is an Euler step."""
+        return 1.0, 0.0
+
+
+Rule = DDIM | Ancestral | Full | EulerMaruyama | Heun | DormandPrince
 
 
 @dataclass(frozen=True)
@@ -127,7 +178,15 @@ class Renoise:
     snr: float = 0.16
     norms: Norms = "slice"
 
-    def __call__(self, u: Tensor, x0: Tensor, x0c: Tensor, level: Level, noise: NoiseKey) -> Tensor:
+    def __call__(
+        self,
+        u: Tensor,
+        x0: Tensor,
+        x0c: Tensor,
+        level: Level,
+        noise: NoiseKey,
+        memory: MutableMapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """The next state; overwrites u.
 
         Args:
@@ -136,18 +195,24 @@ class Renoise:
             x0c: the estimate the data agree with (x0 itself at a visit without data).
             level: the visit.
             noise: key of this visit's noise.
+            memory: what the run carries, for rules whose steps take several visits.
         """
+        if isinstance(self.rule, DormandPrince):
+            return self.rule.advance(u, x0c, level, _carried(memory))
         if level.kind == "travel" or level.sigma_next == 0:
             # a finished image gets no noise; a travelling state has its noise from the data term
             return u.copy_(x0c)
         a, b = 1 - 2 * self.snr**2, 2 * self.snr  # a corrector's h = 2 (snr sigma)^2 in the common formula
-        from_corrected = self.direction == "corrected"
+        from_corrected = self.direction == "corrected" or isinstance(self.rule, Heun)
+        if level.kind == "refine":
+            return _refine(u, x0c, level, _carried(memory))
         if level.kind == "correct":
             if self.norms != "expected":
                 return langevin(u, x0c, level.sigma, self.snr, noise, self.norms)
             from_corrected = True
         else:
-            a, b = self.rule.weights(level.sigma, level.sigma_next)
+            a, b = self._weights(level)
+        before = u.clone() if level.kind == "predict" else None
         ops.renoise(
             real_view(u),
             real_view(x0),
@@ -160,7 +225,33 @@ class Renoise:
             eps_from="x0c" if from_corrected else "x0",
             inplace=True,
         )
+        if before is not None:
+            _carried(memory)[_HALF_WAY] = before.add_(u).div_(2)
         return u
+
+    def _weights(self, level: Level) -> tuple[float, float]:
+        assert not isinstance(self.rule, DormandPrince)  # it advances by itself
+        a, b = self.rule.weights(level.sigma, level.down)
+        if level.dip is None:
+            return a, b
+        lost = level.sigma_next**2 - level.dip**2
+        return a * level.dip / level.sigma_next, math.sqrt((b * level.dip) ** 2 + lost) / level.sigma_next
+
+
+def _refine(u: Tensor, x0: Tensor, level: Level, memory: MutableMapping[str, Tensor]) -> Tensor:
+    """Second half of Heun's step, in place: u is where the Euler step ended, and from m, half-way there from where it
+    began, u' = m + (sigma' - sigma)/2 (u - x0)/sigma'.
+    """
+    if _HALF_WAY not in memory:
+        raise ValueError("Renoise: the first visit of this Heun step is missing; begin with its predict visit")
+    u.sub_(x0).mul_((level.sigma - level.began) / (2 * level.sigma))
+    return u.add_(memory.pop(_HALF_WAY))
+
+
+def _carried(memory: MutableMapping[str, Tensor] | None) -> MutableMapping[str, Tensor]:
+    if memory is None:
+        raise ValueError("Renoise: a step of several visits needs the memory that the run carries between them")
+    return memory
 
 
 def langevin(u: Tensor, x0: Tensor, sigma: float, snr: float, noise: NoiseKey, norms: Norms = "slice") -> Tensor:

@@ -1,6 +1,7 @@
 """Which noise levels a reconstruction visits, in which order, and where it starts.
 
-A trajectory is a list of `Level`. Grids are written in the prior's network units and multiplied by `prior.scale`
+A trajectory is a list of `Level`, or a rule that names the next one from what the run carries
+(`recon3d.dormand_prince.Adaptive`). Grids are written in the prior's network units and multiplied by `prior.scale`
 when the list is made, so everything the loop sees is in user units. The last level always lands on zero noise: no
 random number is drawn for it and no prior call is spent on a finished image.
 
@@ -13,15 +14,30 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from torch import Tensor
 
 from recon3d.priors.paths import VP
 
-__all__ = ["Level", "descend", "geometric", "karras", "sweeps", "vp_times"]
+__all__ = [
+    "Level",
+    "Steered",
+    "Trajectory",
+    "descend",
+    "expected_visits",
+    "first_sigma",
+    "geometric",
+    "karras",
+    "next_level",
+    "sweeps",
+    "time_travel",
+    "vp_times",
+]
 
-Kind = Literal["step", "correct", "travel"]
+Kind = Literal["step", "correct", "travel", "predict", "refine", "stage"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,11 @@ class Level:
         sigma_next: noise level of the state afterwards, user units.
         last: nothing follows.
         data: the measurement enters at this visit.
-        kind: "step" goes down, "correct" stays (a Langevin corrector), "travel" jumps back up after a sweep.
+        kind: "step" goes down, "correct" stays (a Langevin corrector), "travel" jumps back up after a sweep; "predict"
+            and "refine" are the two halves of one Heun step, "stage" is one of a Runge-Kutta step.
+        dip: the level that a step of time travel goes down to before fresh noise lifts the state to sigma_next; None
+            for a step that ends where it goes.
+        began: the level at which the step of a "refine" visit began.
     """
 
     index: int
@@ -43,6 +63,54 @@ class Level:
     last: bool
     data: bool = True
     kind: Kind = "step"
+    dip: float | None = None
+    began: float = 0.0
+
+    @property
+    def down(self) -> float:
+        """The level that the step itself goes down to."""
+        return self.sigma_next if self.dip is None else self.dip
+
+
+class Steered(Protocol):
+    """A trajectory whose next level depends on the state: how long its steps may be is found on the way."""
+
+    @property
+    def start(self) -> float:
+        """Noise level of the first state, user units."""
+        ...
+
+    def level(self, index: int, memory: MutableMapping[str, Tensor]) -> Level | None:
+        """Visit `index`, from what the run carries; None when the run is over."""
+        ...
+
+    def expected(self, index: int, memory: MutableMapping[str, Tensor]) -> int:
+        """How many visits there will have been in all, as far as can be told before visit `index`."""
+        ...
+
+
+Trajectory = Sequence[Level] | Steered
+
+
+def next_level(trajectory: Trajectory, index: int, memory: MutableMapping[str, Tensor]) -> Level | None:
+    """Visit `index`; None when the trajectory is over."""
+    if not isinstance(trajectory, Sequence):
+        return trajectory.level(index, memory)
+    return trajectory[index] if index < len(trajectory) else None
+
+
+def expected_visits(trajectory: Trajectory, index: int = 0, memory: MutableMapping[str, Tensor] | None = None) -> int:
+    """Visits in all: a number, or for a steered trajectory an estimate that gets better as the run goes on."""
+    if isinstance(trajectory, Sequence):
+        return len(trajectory)
+    return trajectory.expected(index, memory or {})
+
+
+def first_sigma(trajectory: Trajectory) -> float:
+    """Noise level of the first state, user units; 0 when there is nothing to visit."""
+    if not isinstance(trajectory, Sequence):
+        return trajectory.start
+    return trajectory[0].sigma if trajectory else 0.0
 
 
 def karras(n: int, sigma_max: float, sigma_min: float, rho: float = 7.0) -> list[float]:
@@ -107,6 +175,7 @@ def descend(
     correctors: int = 0,
     stale: bool = False,
     data_at: Literal["every", "steps", "corrected"] = "every",
+    heun: bool = False,
 ) -> list[Level]:
     """One pass down a grid, ending at zero noise.
 
@@ -117,21 +186,62 @@ def descend(
         stale: ask the corrector's prior at the level the step came from, as some published samplers do, instead of
             at the level the state has reached.
         data_at: where the measurement enters: at every visit, at steps, or once per level after its correctors.
+        heun: two visits a step, "predict" at its beginning and "refine" at its end, as one formula of second order; the
+            step to zero, where the slope is not defined, stays a single visit.
     """
     _descending("descend", sigmas)
     if correctors < 0:
         raise ValueError(f"descend: correctors must not be negative, got {correctors}")
+    if heun and (stale or data_at == "corrected"):
+        raise ValueError("descend: Heun's two visits must see the same data; use data_at every or steps, and not stale")
     levels: list[Level] = []
     ends = [*sigmas[1:], 0.0]
     for sigma, following in zip(sigmas, ends, strict=True):
-        visits: list[Kind] = ["step"]
+        visits: list[Kind] = ["predict", "refine"] if heun and following else ["step"]
         visits += ["correct"] * (correctors if following else 0)
         for k, kind in enumerate(visits):
-            data = data_at == "every" or (kind == "step" if data_at == "steps" else k == len(visits) - 1)
-            seen = sigma if kind == "step" or stale else following
-            reached = following if kind == "step" or not stale else sigma
-            levels.append(Level(len(levels), seen * scale, reached * scale, False, data, kind))
+            data = data_at == "every" or (kind != "correct" if data_at == "steps" else k == len(visits) - 1)
+            above = kind in ("step", "predict")
+            seen = sigma if above or (stale and kind == "correct") else following
+            reached = sigma if stale and kind == "correct" else following
+            began = sigma * scale if kind == "refine" else 0.0
+            levels.append(Level(len(levels), seen * scale, reached * scale, False, data, kind, began=began))
     return [*levels[:-1], Level(levels[-1].index, levels[-1].sigma, 0.0, True, levels[-1].data, "step")]
+
+
+def time_travel(levels: Sequence[Level], length: int, repeats: int) -> list[Level]:
+    """Pass every stretch of a descent several times: noise lifts the state back to where the stretch began.
+
+    With r = repeats + 1 passes this is RePaint's schedule of jumps (Lugmayr et al., CVPR 2022: jump_length,
+    jump_n_sample) and the time travel of DDNM (travel_length, travel_repeat). Stretches end at the last level before
+    zero and at every length-th level above it; what is left over at the top is passed once.
+
+    Args:
+        levels: plain steps, as from `descend`.
+        length: levels of a stretch.
+        repeats: further passes of each stretch.
+
+    >>> way = time_travel(descend([4.0, 2.0, 1.0]), length=2, repeats=1)
+    >>> [(level.sigma, level.down, level.sigma_next) for level in way]
+    [(4.0, 2.0, 2.0), (2.0, 1.0, 4.0), (4.0, 2.0, 2.0), (2.0, 1.0, 1.0), (1.0, 0.0, 0.0)]
+    """
+    if length < 1 or repeats < 0:
+        raise ValueError(f"time_travel: need length >= 1 and repeats >= 0, got {length} and {repeats}")
+    if any(level.kind != "step" for level in levels):
+        raise ValueError(
+            "time_travel: levels must be plain steps; leave out correctors, sweeps and Heun's second visits"
+        )
+    way: list[Level] = []
+    for k, level in enumerate(levels):
+        # after this step the state is at levels[k + 1], so many levels above the last one
+        above = len(levels) - 2 - k
+        if repeats and above >= 0 and above % length == 0 and k + 1 >= length:
+            stretch = levels[k + 1 - length : k + 1]
+            back = replace(level, sigma_next=stretch[0].sigma, dip=level.sigma_next)
+            way += [back, *[*stretch[:-1], back] * (repeats - 1), *stretch]
+        else:
+            way.append(level)
+    return [replace(level, index=index) for index, level in enumerate(way)]
 
 
 def sweeps(

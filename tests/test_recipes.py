@@ -14,7 +14,8 @@ from recon3d.recipes import Recipe, load_recipe, recipe_names, recipe_schema
 def test_the_packaged_recipes():
     ct = {"ct", "dds", "dds_iscs", "dds_tv", "diffusionmbir"}
     pet = {"pet", "pet_dds", "pet_dps", "pet_ls", "pet_naive"}
-    assert set(recipe_names()) == ct | pet | {"mri", "ddnm_mri", "dds_mri", "dds_mri_tv", "score_mri", "posterior"}
+    mri = {"mri", "ddnm_mri", "dds_mri", "dds_mri_tv", "score_mri"}
+    assert set(recipe_names()) == ct | pet | mri | {"posterior", "sample"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -25,7 +26,7 @@ def test_a_recipe_says_where_it_comes_from(name):
     if recipe.published:
         assert recipe.provenance.arxiv and len(recipe.provenance.differs) > 100
     else:
-        assert name in ("ct", "mri", "pet", "pet_ls", "posterior")
+        assert name in ("ct", "mri", "pet", "pet_ls", "posterior", "sample")
 
 
 @pytest.mark.parametrize("name", recipe_names())

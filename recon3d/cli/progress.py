@@ -51,31 +51,33 @@ def progress_bar(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], Non
     )
     with Progress(*columns, console=console, transient=False, speed_estimate_period=120) as bar:
         task = bar.add_task("reading", total=None, detail="")
-        levels = sample = 1
+        levels = sample = samples = 1
         of = ""
 
         def listen(event: dict[str, Any]) -> None:
-            nonlocal levels, sample, of
+            nonlocal levels, sample, samples, of
             kind = event["event"]
             before = event.get("sample", 0) * levels
             if kind == "start":
                 levels, follows, sample = event["levels"], event.get("sample", 0) == sample + 1, event.get("sample", 0)
                 of = f"sample {sample + 1}/{event['samples']}, " if "samples" in event else ""
                 again = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
+                samples = event.get("samples", 1)
                 done, detail = sample * levels + event["level"], f"{of}level {event['level']}/{levels}{again}"
                 if follows:
                     bar.update(task, completed=done, detail=detail)
                 else:
                     # a new task: the time spent reading says nothing about the time left
-                    total = float(levels * event.get("samples", 1))
+                    total = float(levels * samples)
                     bar.reset(task, description="reconstructing", total=total, completed=done, detail=detail)
             elif kind == "slices":
                 # the data term takes the rest of a level; this keeps the bar from jumping
                 part = 0.95 * event["done"] / event["total"]
                 bar.update(task, completed=before + event["level"] + part)
             elif kind == "level":
-                done = event["level"] + 1
-                bar.update(task, completed=before + done, detail=f"{of}level {done}/{levels}")
+                done, levels = event["level"] + 1, event["levels"]  # an estimate where steps are found on the way
+                detail = f"{of}level {done}/{levels}"
+                bar.update(task, completed=before + done, total=float(samples * levels), detail=detail)
             elif kind == "stage":
                 bar.update(task, description=event["name"])
             elif kind == "out_of_memory":

@@ -86,7 +86,7 @@ class Gradient:
             factor = self.strength * level.sigma**2
             gradient = gradient / (1 + level.sigma**2 * bound())
         elif self.step_kind == "variance":
-            factor = self.strength * (level.sigma**2 - level.sigma_next**2)
+            factor = self.strength * (level.sigma**2 - level.down**2)
         else:
             # a network unit is `scale` user units; the step and the gradient have one each
             factor = self.strength * self.scale**2 / max(misfit, torch.finfo(torch.float32).tiny)

@@ -16,6 +16,7 @@ from recon3d.consistency import (
     Rho,
     Solve,
 )
+from recon3d.dormand_prince import Adaptive, DormandPrince
 from recon3d.engine.loop import Executor, InProcess, Job, Start
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
@@ -24,10 +25,20 @@ from recon3d.priors.base import Prior, differentiable
 from recon3d.priors.paths import VP
 from recon3d.recipes.model import Recipe, TrajectorySection
 from recon3d.regularisers import TVz
-from recon3d.renoise import DDIM, Ancestral, Full, Renoise, Rule
-from recon3d.trajectory import Level, descend, geometric, karras, sweeps, vp_times
+from recon3d.renoise import DDIM, Ancestral, EulerMaruyama, Full, Heun, Renoise, Rule
+from recon3d.trajectory import (
+    Level,
+    Trajectory,
+    descend,
+    expected_visits,
+    geometric,
+    karras,
+    sweeps,
+    time_travel,
+    vp_times,
+)
 
-__all__ = ["assemble", "levels"]
+__all__ = ["assemble", "levels", "trajectory"]
 
 
 def assemble(
@@ -71,10 +82,10 @@ def assemble(
         operator=operator,
         y=y,
         prior=differentiable(prior) if guided else prior,
-        trajectory=levels(recipe.trajectory, prior.scale),
+        trajectory=trajectory(recipe, prior.scale),
         planes=Axial(depth) if recipe.planes.kind == "axial" else InTurn(tuple(operator.domain.shape)),
         consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed, operator),
-        renoise=_renoise(recipe, prior.scale),
+        renoise=_renoise(recipe, prior),
         noise=_noise(recipe, operator, spacing_mm, seed),
         start=Start(
             recipe.start.image if start_image is None else start_image,
@@ -88,8 +99,17 @@ def assemble(
     )
 
 
-def levels(section: TrajectorySection, scale: float) -> list[Level]:
-    """The trajectory in user units, of which a network unit has `scale`."""
+def trajectory(recipe: Recipe, scale: float) -> Trajectory:
+    """The trajectory that goes with the recipe's renoising, in user units, of which a network unit has `scale`."""
+    kind, section = recipe.renoise.kind, recipe.trajectory
+    if kind != "rk45":
+        return levels(section, scale, heun=kind == "heun")
+    ends = levels(section, scale)
+    return Adaptive(ends[0].sigma, ends[-1].sigma, recipe.renoise.rtol + recipe.renoise.atol)
+
+
+def levels(section: TrajectorySection, scale: float, heun: bool = False) -> list[Level]:
+    """The levels in user units, of which a network unit has `scale`; with Heun's second visits where asked for."""
     n, high, low = section.levels, section.sigma_max, section.sigma_min
     if section.grid == "sweeps":
         couplings = geometric(n, high, low) + [low] * section.repeats
@@ -101,7 +121,8 @@ def levels(section: TrajectorySection, scale: float) -> list[Level]:
         grid = karras(n, high, low, section.rho)
     else:
         grid = geometric(n, high, low) if section.grid == "geometric" else section.sigmas
-    return descend(grid, scale, section.correctors, section.stale_correctors, section.data_at)
+    way = descend(grid, scale, section.correctors, section.stale_correctors, section.data_at, heun)
+    return time_travel(way, section.travel_length, section.travel_repeats) if section.travel_repeats else way
 
 
 def _consistency(
@@ -173,20 +194,26 @@ def _em(recipe: Recipe, scale: float) -> OrderedSubsets:
         form=c.form,
         begin=c.begin,
         target=c.target,
-        levels=len(levels(recipe.trajectory, scale)),
+        levels=expected_visits(trajectory(recipe, scale)),
         passes=c.passes,
         on=c.on,
     )
 
 
-def _renoise(recipe: Recipe, scale: float) -> Renoise:
-    r = recipe.renoise
+def _renoise(recipe: Recipe, prior: Prior) -> Renoise:
+    r, scale = recipe.renoise, prior.scale
     std = r.prior_std * scale if r.prior_std else None
     rule: Rule
     if r.kind == "ddim":
         rule = DDIM(r.eta, r.convention)
     elif r.kind == "ancestral":
         rule = Ancestral(r.variance, std)
+    elif r.kind == "em":
+        rule = EulerMaruyama(r.clock, scale)
+    elif r.kind == "heun":
+        rule = Heun()
+    elif r.kind == "rk45":
+        rule = DormandPrince(r.rtol, r.atol * scale, prior.offset, levels(recipe.trajectory, scale)[-1].sigma)
     else:
         rule = Full(std, r.amount)
     return Renoise(rule, r.direction, r.snr, r.norms)

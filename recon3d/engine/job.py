@@ -16,6 +16,7 @@ from recon3d.engine import loop
 from recon3d.engine.checkpoint import Checkpoint
 from recon3d.engine.events import Events
 from recon3d.engine.executor import Executor, Interrupted, NonFiniteError, check_finite
+from recon3d.trajectory import expected_visits
 
 
 @dataclass
@@ -188,7 +189,7 @@ def solve(
         timings, attempts = Timings(**saved.meta["timings"]), int(saved.meta["attempts"]) + 1
         del saved
     progress = _Progress(state, store, schedule or Schedule(), timings, clocks, attempts)
-    first, levels = state.index, len(job.trajectory)
+    first, levels = state.index, expected_visits(job.trajectory, state.index, state.duals)
     if first:
         progress.saved_index = first
     events.emit("start", level=first, levels=levels, attempt=attempts)
@@ -199,6 +200,7 @@ def solve(
             if progress.due() and not level.last:
                 progress.save()
                 events.emit("checkpoint", level=state.index)
+            levels = expected_visits(job.trajectory, state.index, state.duals)
             events.emit("level", level=level.index, levels=levels, sigma=level.sigma)
             if stop() and not level.last:
                 raise Interrupted

@@ -22,7 +22,7 @@ from recon3d.planes import Planes, View
 from recon3d.priors.base import Prior
 from recon3d.real_view import draw_like
 from recon3d.renoise import Renoise
-from recon3d.trajectory import Level
+from recon3d.trajectory import Level, Trajectory, first_sigma, next_level
 
 __all__ = ["Executor", "InProcess", "Job", "Start", "State", "begin", "reconstruct", "run", "start_image"]
 
@@ -133,7 +133,7 @@ class Job:
         operator: the scanner.
         y: its measurement.
         prior: what slices look like.
-        trajectory: the levels, in order.
+        trajectory: the levels, in order; or the rule that finds them on the way.
         planes: which slices meet the prior.
         consistency: how the data enter.
         renoise: how to go to the next level.
@@ -147,7 +147,7 @@ class Job:
     operator: LinearOperator
     y: Tensor
     prior: Prior
-    trajectory: Sequence[Level]
+    trajectory: Trajectory
     planes: Planes
     consistency: Consistency | Guidance
     renoise: Renoise
@@ -164,7 +164,7 @@ class State:
 
     Attributes:
         u: [z, y, x] in user units, real or complex; the reconstruction once `index` has passed the last level.
-        duals: tensors of the consistency part.
+        duals: tensors of the consistency part, and of steps that take several visits.
         index: the next level.
         seed: of all random numbers.
     """
@@ -207,9 +207,9 @@ def begin(job: Job) -> State:
     """The state before the first level."""
     image = start_image(job.start, job.operator, job.y, job.prior.offset)
     job.check(image, "the start image", 0)
-    if job.trajectory:
+    if sigma := first_sigma(job.trajectory):
         z = draw_like(image, (job.start.noise or job.noise).at(0, _START))
-        image = image.add_(z, alpha=job.trajectory[0].sigma)
+        image = image.add_(z, alpha=sigma)
     return State(image, {}, 0, job.noise.seed)
 
 
@@ -222,12 +222,12 @@ def run(job: Job, state: State) -> Iterator[Level]:
         raise ValueError(f"run: the state was made with seed {state.seed}, but the job has seed {job.noise.seed}")
     on_estimate = job.consistency.on == "estimate"
 
-    for level in job.trajectory[state.index :]:
+    while (level := next_level(job.trajectory, state.index, state.duals)) is not None:
         views = job.planes.views(level)
         x0 = job.executor.denoise(job.prior, job.planes, state.u, views, level.sigma, level=level.index, cond=job.cond)
         job.check(x0, "the prior", level.index)
         x0c = _consistent(job, x0, level, state, views) if on_estimate else x0
-        state.u = job.renoise(state.u, x0, x0c, level, job.noise.at(level.index, _STEP))
+        state.u = job.renoise(state.u, x0, x0c, level, job.noise.at(level.index, _STEP), state.duals)
         if not on_estimate:
             state.u = _consistent(job, state.u, level, state, views)
         state.index = level.index + 1

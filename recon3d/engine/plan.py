@@ -20,6 +20,7 @@ from recon3d.config import ComputeConfig
 from recon3d.engine.executor import Executor, usable_cores
 from recon3d.engine.memory import available_bytes, peak_above, resident_bytes, trim
 from recon3d.priors.base import differentiable
+from recon3d.trajectory import expected_visits
 
 if TYPE_CHECKING:
     from recon3d.engine.problem import Problem
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _PRIOR_VOLUMES, _DATA_VOLUMES, _FILTER_VOLUMES = 2, 6, 5
 # split and dual of total variation along z; the pull towards them and its difference in the data term
 _DUAL_VOLUMES, _PULL_VOLUMES = 2, 2
+# a step of several visits: Heun's half-way state; base and slopes of a Runge-Kutta step, and its error
+_STEP_VOLUMES = {"heun": 1, "rk45": 9}
 # volumes of complex numbers that the filter preconditioner takes for one slab
 _SPECTRA, _SPECTRUM_SLAB = 5, 8
 # code and tables that load on first use, and gaps in the heap: 5 to 55 MiB measured over recipes and sizes
@@ -136,7 +139,7 @@ def predict(
     workers = compute.workers or usable_cores()
     batch = compute.batch_size or (8 if cuda else workers)
     flight = min(batch if cuda else min(batch, workers), problem.scan.grid.shape[0])
-    levels = len(_levels(problem))
+    levels = _visits(problem)
     activations, seconds_by = _probe(problem, compute, flight, workers, probe, levels * samples)
     trim()  # what reading and the probe left behind is not the job's
     resident = resident_bytes()
@@ -177,6 +180,7 @@ def _phases(problem: Problem, activations: int, picture: bool) -> dict[str, dict
     tv = recipe.regulariser.kind == "tvz"
     # EM that begins at the previous level's image keeps it
     duals = _DUAL_VOLUMES if tv else int(recipe.consistency.begin == "previous")
+    duals += _STEP_VOLUMES.get(recipe.renoise.kind, 0)
     # a start image that the prior's scale was taken from stays
     kept = int(scan.keeps_start)
     data = {"volumes": (_DATA_VOLUMES + kept + duals + (_PULL_VOLUMES if tv else 0)) * volume, **work["data"]}
@@ -275,10 +279,10 @@ class _Rows:
         out[view] = x0[0, 0]
 
 
-def _levels(problem: Problem) -> list[Any]:
-    from recon3d.engine.assemble import levels
+def _visits(problem: Problem) -> int:
+    from recon3d.engine.assemble import trajectory
 
-    return list(levels(problem.recipe.resolved().trajectory, problem.denoiser.scale))
+    return expected_visits(trajectory(problem.recipe.resolved(), problem.denoiser.scale))
 
 
 def _gib(size: int) -> str:

@@ -58,9 +58,13 @@ class TrajectorySection(_Section):
     correctors: int = Field(0, ge=0, le=100, description="Langevin visits after each level")
     stale_correctors: bool = Field(False, description="correctors ask the prior at the level the step came from")
     data_at: Literal["every", "steps", "corrected"] = Field("every", description="visits at which the data enter")
+    travel_length: int = Field(10, ge=1, description="time travel: levels of a stretch that is passed again")
+    travel_repeats: int = Field(0, ge=0, le=1000, description="time travel: further passes of each stretch; 0 is none")
 
     @model_validator(mode="after")
     def _sound(self) -> TrajectorySection:
+        if self.travel_repeats and (self.correctors or self.grid == "sweeps"):
+            raise ValueError("travel_repeats goes with plain steps; leave out correctors and sweeps")
         if (self.grid == "explicit") != bool(self.sigmas):
             raise ValueError("sigmas go with grid explicit, and grid explicit needs them")
         if self.grid in ("karras", "geometric", "sweeps") and self.levels > 1 and not self.sigma_min < self.sigma_max:
@@ -160,11 +164,21 @@ class PlanesSection(_Section):
 class RenoiseSection(_Section):
     """How to go to the next level."""
 
-    kind: Literal["ddim", "ancestral", "full"] = "ddim"
+    kind: Literal["ddim", "ancestral", "em", "full", "heun", "rk45"] = Field(
+        "ddim",
+        description="ddim: eta 0 is the probability-flow ODE by Euler steps; ancestral: DDPM; em: Euler-Maruyama of "
+        "the reverse diffusion; full: all noise afresh; heun: the ODE at second order, two prior calls a level; rk45: "
+        "the ODE with steps found from rtol and atol, between the ends of the grid",
+    )
     eta: float = Field(0.0, ge=0, le=1, description="ddim: fresh noise; its meaning is the convention's")
     convention: Literal["canonical", "dds"] = Field("canonical", description="ddim: meaning of eta")
     variance: Literal["small", "large", "prior"] = Field("small", description="ancestral: variance a step adds")
-    prior_std: float | None = Field(None, gt=0, description="ancestral prior, full: spread of pixels, network units")
+    prior_std: float | None = Field(
+        None, gt=0, description="ancestral prior, full: spread of pixels, network units; ancestral: 1 is DDPM's beta_t"
+    )
+    clock: Literal["ve", "vp"] = Field("ve", description="em: times in which the diffusion is even")
+    rtol: float = Field(1e-2, ge=0, lt=1, description="rk45: error of a step over the root mean square of the state")
+    atol: float = Field(1e-2, ge=0, description="rk45: error of a step allowed besides, network units")
     amount: float = Field(
         1.0, gt=0, le=1, description="full: fresh noise over sigma; below 1 the estimate's own error counts as noise"
     )
@@ -180,6 +194,8 @@ class RenoiseSection(_Section):
     def _sound(self) -> RenoiseSection:
         if self.kind == "ancestral" and (self.variance == "prior") != (self.prior_std is not None):
             raise ValueError("prior_std goes with variance prior, and variance prior needs it")
+        if not self.rtol + self.atol > 0:
+            raise ValueError("rtol and atol cannot both be 0")
         return self
 
 
@@ -232,9 +248,28 @@ class Recipe(_Section):
             raise ValueError(f"subsets need consistency em or gradient, got {self.consistency.kind}")
         if self.consistency.precondition != "none" and self.consistency.kind != "proximal_cg":
             raise ValueError(f"precondition filter needs consistency proximal_cg, got {self.consistency.kind}")
+        self._check_flow()
         if self.claims == "posterior_sample" and self.noise.kind != "independent":
             raise ValueError("a posterior sample needs independent noise; noise correlated along z changes the law")
         return self
+
+    def _check_flow(self) -> None:
+        """Heun and Runge-Kutta steps join the slopes of several visits, which must be slopes of one thing."""
+        kind, c, t = self.renoise.kind, self.consistency, self.trajectory
+        if kind not in ("heun", "rk45"):
+            return
+        if t.grid == "sweeps" or t.travel_repeats or t.stale_correctors or t.data_at == "corrected":
+            raise ValueError(f"renoise {kind} takes no sweeps, time travel, stale correctors or data_at corrected")
+        if c.kind != "none" and c.on == "iterate":
+            raise ValueError(f"renoise {kind} needs consistency on estimate; a changed state leaves the flow")
+        if c.kind == "gradient" and c.step != "curvature":
+            raise ValueError(
+                f"renoise {kind} needs consistency.step curvature; the other steps depend on the level that follows"
+            )
+        if self.planes.kind != "axial":
+            raise ValueError(f"renoise {kind} needs the same planes at every visit; set planes.kind to axial")
+        if kind == "rk45" and (t.correctors or c.kind == "em" or self.regulariser.kind != "none"):
+            raise ValueError("renoise rk45 may take a step again, so it goes without correctors, EM and regularisers")
 
     def resolved(self) -> Recipe:
         """The recipe that runs: with the published values put in where compat asks for them."""
