@@ -10,7 +10,6 @@ Source: Dhariwal, Nichol (NeurIPS 2021), and Nichol, Dhariwal (ICML 2021) for th
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
@@ -19,6 +18,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from recon3d.priors.networks.published import PublishedNetwork, step_embedding
 
 __all__ = ["ADM", "ADMConfig", "adm_config"]
 
@@ -29,8 +30,8 @@ _GROUPS = 32
 class ADMConfig(BaseModel):
     """Architecture of an `ADM`.
 
-    Attributes that shapes tell are filled in by `adm_config`; `head_channels` and `legacy_attention` are not among
-    them and must be known.
+    Attributes that shapes tell are filled in by `adm_config`; `head_channels`, `heads`, `legacy_attention` and
+    `longest_period` are not among them and must be known.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,6 +48,7 @@ class ADMConfig(BaseModel):
     head_channels: int | None = Field(64, ge=1, description="channels of an attention head; null: `heads` of them")
     heads: int = Field(1, ge=1)
     legacy_attention: bool = Field(True, description="q, k, v next to each other within a head, as published weights")
+    longest_period: float = Field(10_000.0, gt=0, description="of the time step's sines; the shortest is 1")
 
     @property
     def multiple(self) -> int:
@@ -54,7 +56,7 @@ class ADMConfig(BaseModel):
         return int(2 ** (len(self.channels) - 1))
 
 
-class ADM(nn.Module):
+class ADM(PublishedNetwork):
     """F(x, t): [b, c, row, col] and time steps [b] -> [b, c_out, row, col]; time steps are 0 .. 999, fractions too.
 
     >>> net = ADM(ADMConfig(model_channels=32, channels=(32, 64), attention=(1,), head_channels=32))
@@ -65,8 +67,7 @@ class ADM(nn.Module):
     clock: ClassVar[Literal["time", "sigma"]] = "time"
 
     def __init__(self, config: ADMConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         for width in config.channels:
             if width % _GROUPS:
                 raise ValueError(f"ADM: channels must be multiples of {_GROUPS}, got {width}")
@@ -102,15 +103,6 @@ class ADM(nn.Module):
                 self.output_blocks.append(block)
         self.out = nn.Sequential(nn.GroupNorm(_GROUPS, c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1))
 
-        self.compute_dtype: torch.dtype | None = None
-
-    def for_inference(self, compute_dtype: torch.dtype) -> ADM:
-        """Freeze the network; its convolutions and attention run in `compute_dtype`, its weights stay float32."""
-        self.eval().requires_grad_(False)
-        self.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.compute_dtype = compute_dtype if compute_dtype != torch.float32 else None
-        return self
-
     def _block(self, c_in: int, c_out: int, level: int) -> _Steps:
         steps: list[nn.Module] = [_Res(c_in, c_out, 4 * self.config.model_channels, self.config.scale_shift)]
         if level in self.config.attention:
@@ -118,12 +110,10 @@ class ADM(nn.Module):
         return _Steps(*steps)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        m = self.config.multiple
-        if x.ndim != 4 or x.shape[-1] % m or x.shape[-2] % m:
-            raise ValueError(f"ADM: x must be [b, c, row, col] with sides multiples of {m}, got {tuple(x.shape)}")
-        emb = self.time_embed(step_embedding(t, self.config.model_channels))
+        self._check(x)
+        emb = self.time_embed(step_embedding(t, self.config.model_channels, self.config.longest_period))
         h, kept = x, []
-        with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
+        with self._fast(x):
             for block in self.input_blocks:
                 h = block(h, emb)
                 kept.append(h)
@@ -133,27 +123,19 @@ class ADM(nn.Module):
         return cast(Tensor, self.out(h.float()))
 
 
-def step_embedding(t: Tensor, width: int, longest: float = 10_000.0) -> Tensor:
-    """[b] -> [b, width]: cosines, then sines, of t times frequencies from 1 down to 1/longest (Vaswani et al. 2017)."""
-    half = width // 2
-    rates = torch.exp(-math.log(longest) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-    phase = t.float()[:, None] * rates
-    emb = torch.cat([phase.cos(), phase.sin()], dim=1)
-    return F.pad(emb, (0, width % 2))
-
-
 def adm_config(
     shapes: Mapping[str, Shape],
     *,
     head_channels: int | None = 64,
     heads: int = 1,
     legacy_attention: bool = True,
+    longest_period: float = 10_000.0,
 ) -> ADMConfig:
     """The architecture that the names and shapes of a state dict tell.
 
     Args:
         shapes: of every tensor.
-        head_channels, heads, legacy_attention: as in ADMConfig; no shape depends on them.
+        head_channels, heads, legacy_attention, longest_period: as in ADMConfig; no shape depends on them.
 
     Raises:
         ValueError: a tensor that every such network has is missing.
@@ -189,6 +171,7 @@ def adm_config(
         head_channels=head_channels,
         heads=heads,
         legacy_attention=legacy_attention,
+        longest_period=longest_period,
     )
 
 

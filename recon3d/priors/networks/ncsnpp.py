@@ -23,6 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recon3d.priors.networks.published import PublishedNetwork
+
 __all__ = ["NCSNpp", "NCSNppConfig", "ncsnpp_config"]
 
 Shape = tuple[int, ...]
@@ -53,7 +55,7 @@ class NCSNppConfig(BaseModel):
         return self.in_channels
 
 
-class NCSNpp(nn.Module):
+class NCSNpp(PublishedNetwork):
     """score(x, sigma): [b, c, row, col] and noise levels [b], or [1] for all -> [b, c, row, col].
 
     >>> net = NCSNpp(NCSNppConfig(width=16, channels=(16, 32), blocks=1))
@@ -64,9 +66,7 @@ class NCSNpp(nn.Module):
     clock: ClassVar[Literal["time", "sigma"]] = "sigma"
 
     def __init__(self, config: NCSNppConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.compute_dtype: torch.dtype | None = None
+        super().__init__(config)
         emb, c, last = 4 * config.width, config.width, len(config.channels) - 1
         self.all_modules = modules = nn.ModuleList()
         modules.extend([_Fourier(config.width), nn.Linear(2 * config.width, emb), nn.Linear(emb, emb)])
@@ -96,24 +96,15 @@ class NCSNpp(nn.Module):
                 modules.append(_Res(c, c, emb, "up"))
         modules.extend([_norm(c), nn.Conv2d(c, config.in_channels, 3, padding=1)])
 
-    def for_inference(self, compute_dtype: torch.dtype) -> NCSNpp:
-        """Freeze the network; its convolutions run in `compute_dtype`, its weights stay float32."""
-        self.eval().requires_grad_(False)
-        self.float().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.compute_dtype = compute_dtype if compute_dtype != torch.float32 else None
-        return self
-
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
-        m = self.config.multiple
-        if x.ndim != 4 or x.shape[-1] % m or x.shape[-2] % m:
-            raise ValueError(f"NCSNpp: x must be [b, c, row, col] with sides multiples of {m}, got {tuple(x.shape)}")
+        self._check(x)
         if not self.config.centered:
             x = 2 * x - 1
         steps = iter(self.all_modules)
         emb = next(steps)(sigma.log())
         emb = next(steps)(emb)
         emb = next(steps)(F.silu(emb))
-        with torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None):
+        with self._fast(x):
             h = self._levels(x, emb, steps)
             h = F.silu(next(steps)(h))
         out: Tensor = next(steps)(h.float())
