@@ -62,10 +62,11 @@ class VP:
     s = sqrt(abar_t), sigma = sqrt((1-abar_t)/abar_t). Between two times log sigma is interpolated linearly.
 
     Attributes:
-        beta_min, beta_max: ends of a linear beta; a cosine has none and keeps them at their defaults.
+        beta_min, beta_max: ends of a linear or scaled linear beta; a cosine has none and keeps them at their defaults.
         steps: number of times.
-        schedule: "linear" (Ho et al., NeurIPS 2020), or "cosine": abar(t) = cos^2((t/T + 0.008)/1.008 pi/2) over its
-            value at 0, no beta above 0.999 (Nichol and Dhariwal, ICML 2021).
+        schedule: "linear" beta (Ho et al., NeurIPS 2020); "scaled_linear", whose square root is (Rombach et al., CVPR
+            2022); or "cosine": abar(t) = cos^2((t/T + 0.008)/1.008 pi/2) over its value at 0, no beta above 0.999
+            (Nichol and Dhariwal, ICML 2021).
 
     >>> round(VP().sigma(400), 2), round(VP().sigma(999))
     (2.04, 157)
@@ -74,7 +75,7 @@ class VP:
     beta_min: float = 1e-4
     beta_max: float = 0.02
     steps: int = 1000
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
     _log_sigma: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -83,8 +84,8 @@ class VP:
                 "VP: need steps >= 2 and 0 < beta_min <= beta_max < 1, "
                 f"got {self.steps}, {self.beta_min}, {self.beta_max}"
             )
-        if self.schedule not in ("linear", "cosine"):
-            raise ValueError(f"VP: schedule must be linear or cosine, got {self.schedule!r}")
+        if self.schedule not in ("linear", "scaled_linear", "cosine"):
+            raise ValueError(f"VP: schedule must be linear, scaled_linear or cosine, got {self.schedule!r}")
         log_abar, table = 0.0, []
         for t in range(self.steps):
             log_abar += math.log1p(-self._beta(t))
@@ -93,8 +94,11 @@ class VP:
         object.__setattr__(self, "_log_sigma", tuple(table))
 
     def _beta(self, t: int) -> float:
+        share = t / (self.steps - 1)
         if self.schedule == "linear":
-            return self.beta_min + (self.beta_max - self.beta_min) * t / (self.steps - 1)
+            return self.beta_min + (self.beta_max - self.beta_min) * share
+        if self.schedule == "scaled_linear":
+            return (math.sqrt(self.beta_min) * (1 - share) + math.sqrt(self.beta_max) * share) ** 2
         now, then = (math.cos((k / self.steps + 0.008) / 1.008 * math.pi / 2) ** 2 for k in (t, t + 1))
         return min(1 - then / now, 0.999)
 

@@ -1,13 +1,15 @@
 """From published checkpoints to the folder that load_prior takes.
 
-What a checkpoint's tensors tell (family, widths, attention) is read off them; what they do not tell (value range,
-noise schedule, heads of attention) the caller must know, and `recon3d weights test` shows whether it was right.
+What a checkpoint's tensors tell (family, widths, attention) is read off them, and so is what lies beside them (see
+`beside`); what neither tells (value range, mostly the noise schedule, heads of attention) the caller must know, and
+`recon3d weights test` shows whether it was right.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from torch import Tensor
 
 from recon3d.io import BadInput
 from recon3d.priors.base import ModelCard
+from recon3d.priors.checkpoints.beside import Published, noise_fields, read_published
 from recon3d.priors.checkpoints.folder import CARD, build_network, write_folder
-from recon3d.priors.checkpoints.torch_file import read_checkpoint, tensors_of
 from recon3d.priors.networks.adm import adm_config
+from recon3d.priors.networks.edm_unet import edm_unet_config
 from recon3d.priors.networks.ncsnpp import ncsnpp_config
+from recon3d.priors.networks.unet2d import unet2d_config
 
 __all__ = ["Found", "convert", "inspect"]
 
-Shape = tuple[int, ...]
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,99 +37,160 @@ class Family:
 
     Attributes:
         title: what it is called.
-        key: a tensor that every one of the family has, and no other family.
+        network: the family of its network in a card.
+        told: a pattern of names that every one of the family has, and no family after it.
         config: shapes and what they do not tell -> architecture for the card.
         options: names of what shapes do not tell.
-        card: fields of the card that all of the family share.
+        card: fields of the card that all of the family share, where nothing beside the weights says otherwise.
+        adapt: the tensors as the network here wants them.
     """
 
     title: str
-    key: str
+    network: str
+    told: str
     config: Callable[..., Any]
     options: tuple[str, ...]
     card: Mapping[str, Any]
+    adapt: Callable[[Tensors], Tensors] = dict
 
 
+def _pet(tensors: Tensors) -> Tensors:
+    """The names of guided diffusion, whose blocks count a dropout, and the noise as the answer.
+
+    The network divides what it gives by the standard deviation of the noise and calls it the score: before the division
+    it is minus the noise. The last convolution's sign is turned.
+    """
+    named = {name.replace(".out_layers.2.", ".out_layers.3."): tensor for name, tensor in tensors.items()}
+    return {name: -tensor if name.startswith("out.2.") else tensor for name, tensor in named.items()}
+
+
+_ADM = ("head_channels", "heads", "legacy_attention", "longest_period")
 FAMILIES: dict[str, Family] = {
+    "pet": Family(
+        "score model of PET",
+        "adm",
+        r"input_blocks\.\d+\.0\.out_layers\.2\.weight",
+        adm_config,
+        _ADM,
+        noise_fields("vp_continuous", {"beta_min": 0.1, "beta_max": 10.0}, "eps"),
+        _pet,
+    ),
     "adm": Family(
         "guided diffusion (ADM)",
-        "input_blocks.0.0.weight",
+        "adm",
+        r"input_blocks\.0\.0\.weight",
         adm_config,
-        ("head_channels", "heads", "legacy_attention"),
+        _ADM,
         {"path": "vp", "prediction": "eps", "sigma_range": (0.0101, 157.3)},
     ),
     "ncsnpp": Family(
         "NCSN++ (score_sde)",
-        "all_modules.0.W",
+        "ncsnpp",
+        r"all_modules\.0\.W",
         ncsnpp_config,
         ("centered",),
         {"path": "ve", "prediction": "score", "sigma_range": (0.01, 378.0)},
+    ),
+    "edm": Family(
+        "EDM",
+        "edm",
+        r"(enc|dec)\.\d+x\d+_block0\.conv0\.weight",
+        edm_unet_config,
+        ("called", "label", "vp_steps"),
+        {**noise_fields("edm", {}, "edm"), "sigma_data": 0.5},
+    ),
+    "unet2d": Family(
+        "diffusers UNet2DModel",
+        "unet2d",
+        r"(down|up)_blocks\.0\.resnets\.0\.conv1\.weight",
+        unet2d_config,
+        ("head_channels", "time_scale", "settings"),
+        {"path": "vp", "prediction": "eps", "sigma_range": (0.0101, 157.3)},
     ),
 }
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a checkpoint's tensors tell.
+    """What a checkpoint's tensors tell, and what lies beside them.
 
     Attributes:
         family: a key of FAMILIES.
         architecture: as in a model card, with its family.
         channels: of the images.
+        conditions: channels the network takes beside them.
         learned_variance: whether it gives a variance too.
         parameters: number of weights.
         tensors: the weights by name.
+        card: fields of the card that are known.
     """
 
     family: str
     architecture: dict[str, Any]
     channels: int
+    conditions: int
     learned_variance: bool
     parameters: int
-    tensors: Mapping[str, Tensor]
+    tensors: Tensors
+    card: Mapping[str, Any] = field(default_factory=dict)
 
 
 def inspect(path: str | Path, **options: Any) -> Found:
-    """What network a checkpoint holds, from its tensors' names and shapes.
+    """What network a checkpoint holds, from its tensors' names and shapes and what lies beside them.
 
     Args:
-        path: .pt, .pth or .safetensors file of a state dict.
+        path: .pt, .pth or .safetensors file, or the folder of a diffusers model.
         options: what the shapes do not tell, as the family's configuration names it (adm: head_channels, heads,
-            legacy_attention; ncsnpp: centered).
+            legacy_attention, longest_period; ncsnpp: centered; edm: called, label; unet2d: head_channels, time_scale).
 
     Raises:
         BadInput: it cannot be read, holds other objects than tensors, or is of no known family.
         ValueError: an option that the family does not have.
     """
-    tensors = _weights(read_checkpoint(path), path)
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    name = next((name for name, family in FAMILIES.items() if family.key in shapes), None)
+    published = read_published(path)
+    name = next((name for name, family in FAMILIES.items() if _has(published.tensors, family.told)), None)
     if name is None:
-        titles = ", ".join(f"{family.title}: {family.key}" for family in FAMILIES.values())
+        titles = ", ".join(family.title for family in FAMILIES.values())
         raise BadInput(
-            path,
-            f"is of no known family; it begins with tensor {next(iter(shapes))}",
-            f"tell-tale tensors are {titles}",
+            path, f"is of no known family; it begins with tensor {next(iter(published.tensors))}", f"known are {titles}"
         )
+    family = FAMILIES[name]
     for option in options:
-        if option not in FAMILIES[name].options:
-            raise ValueError(f"{option}: {FAMILIES[name].title} has no such choice; leave it out")
-    try:
-        config = FAMILIES[name].config(shapes, **options)
-    except ValidationError as error:
-        why = f"its shapes make no {FAMILIES[name].title} network ({error.errors()[0]['msg']})"
-        raise BadInput(path, why, "is it the right file?") from None
-    except (ValueError, IndexError) as error:
-        raise BadInput(path, str(error), "the names of a published checkpoint are expected") from None
-    channels = config.in_channels
+        if option not in family.options:
+            raise ValueError(f"{option}: {family.title} has no such choice; leave it out")
+    tensors = family.adapt(published.tensors)
+    config = _config(family, tensors, published, options, path)
+    # more channels going in than coming out are a condition, twice as many coming out are a variance
+    channels = min(config.in_channels, config.out_channels)
     return Found(
         name,
-        {"family": name, **config.model_dump(mode="json")},
+        {"family": family.network, **config.model_dump(mode="json")},
         channels,
+        config.in_channels - channels,
         config.out_channels == 2 * channels,
         sum(tensor.numel() for tensor in tensors.values()),
         tensors,
+        {**family.card, **published.card},
     )
+
+
+def _has(tensors: Tensors, pattern: str) -> bool:
+    return any(re.fullmatch(pattern, name) for name in tensors)
+
+
+def _config(family: Family, tensors: Tensors, published: Published, options: Mapping[str, Any], path: Any) -> Any:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if "settings" in published.options and "head_channels" in options:
+        raise ValueError("head_channels: config.json says it; leave it out")
+    try:
+        return family.config(shapes, **{**published.options, **options})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        why = f"its shapes make no {family.title} network ({where}: {first['msg']})"
+        raise BadInput(path, why, "is it the right file?") from None
+    except (ValueError, IndexError) as error:
+        raise BadInput(path, str(error), "the names of a published checkpoint are expected") from None
 
 
 def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **options: Any) -> ModelCard:
@@ -149,7 +214,7 @@ def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **opt
     try:
         made = ModelCard.model_validate(
             {
-                **FAMILIES[found.family].card,
+                **found.card,
                 "channels": found.channels,
                 "architecture": found.architecture,
                 "parameters": found.parameters,
@@ -160,37 +225,13 @@ def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **opt
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "card"
         raise ValueError(f"{where}: {first['msg']}") from None
+    conditions = found.conditions - 2 * made.positions
+    if conditions:
+        raise BadInput(
+            path,
+            f"takes {found.channels + found.conditions} channels and gives {found.channels}",
+            "networks with a condition cannot be converted; channels of positions are told by positions in the card",
+        )
     state = {name: tensor.float() for name, tensor in found.tensors.items()}
     build_network(made, state, path)
     return write_folder(target, made, state, torch.float32)
-
-
-def _weights(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The weights to denoise with: a plain state dict, or the averaged ones of a score_sde training checkpoint.
-
-    There the average is a list without names: all that is trained, in the order of the model's own tensors. The Fourier
-    frequencies are not trained, and noise levels are a table beside the weights.
-    """
-    if not (isinstance(content, Mapping) and isinstance(content.get("model"), Mapping) and "ema" in content):
-        return tensors_of(content, path)
-    model = {name: t for name, t in tensors_of(content["model"], path).items() if name != "sigmas"}
-    ema = content["ema"]
-    averaged = ema.get("shadow_params") if isinstance(ema, Mapping) else None
-    if not isinstance(averaged, (list, tuple)) or not all(isinstance(t, Tensor) for t in averaged):
-        raise BadInput(path, "ema.shadow_params is not a list of tensors", "a score_sde checkpoint is expected")
-    trained = [name for name in model if name != FAMILIES["ncsnpp"].key]
-    if len(averaged) != len(trained):
-        raise BadInput(
-            path,
-            f"ema.shadow_params has {len(averaged)} tensors, the model trains {len(trained)}",
-            "average and model belong to different networks",
-        )
-    for name, tensor in zip(trained, averaged, strict=True):
-        if tensor.shape != model[name].shape:
-            raise BadInput(
-                path,
-                f"ema.shadow_params: shape {tuple(tensor.shape)} stands where {name} has {tuple(model[name].shape)}",
-                "average and model belong to different networks",
-            )
-        model[name] = tensor
-    return model

@@ -125,9 +125,10 @@ class EDMUNet(PublishedNetwork):
             self.out_norm, self.out_conv = _norm(config, c), _Conv(config, c, config.out_channels, 3)
 
     @property
-    def clock(self) -> Literal["time", "sigma"]:
-        """What t is: the path's time (of an EDM network ln(sigma)/4), or the noise level itself."""
-        return "sigma" if self.config.called == "ve" else "time"
+    def clock(self) -> Literal["time", "sigma", "log_sigma"]:
+        """What t is: log(sigma)/4, the noise level itself, or the path's time."""
+        clocks: dict[str, Literal["sigma", "log_sigma"]] = {"edm": "log_sigma", "ve": "sigma"}
+        return clocks.get(self.config.called, "time")
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self._check(x)

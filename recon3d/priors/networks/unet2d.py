@@ -230,24 +230,23 @@ def _settings(shapes: Mapping[str, Shape]) -> dict[str, Any]:
     widths = [shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)]
     scale_shift = shape("down_blocks.0.resnets.0.time_emb_proj.weight")[0] == 2 * widths[0]
     middle = any(name.startswith("mid_block.") for name in shapes)
-    attentive = {stem for stem in ("down", "up") for _ in range(levels)}
-    blocks = {
-        stem: [
-            f"{'Attn' * (count(f'{stem}_blocks.{i}.attentions') > 0)}{stem.capitalize()}Block2D" for i in range(levels)
-        ]
-        for stem in sorted(attentive)
+    kinds = {
+        way: [f"{'Attn' * (count(f'{way.lower()}_blocks.{i}.attentions') > 0)}{way}Block2D" for i in range(levels)]
+        for way in ("Down", "Up")
     }
+    # a scaling and shifting network has no norm there unless it was asked for
+    normed = scale_shift and "mid_block.attentions.0.group_norm.weight" in shapes
     return {
         "in_channels": shape("conv_in.weight")[1],
         "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": widths,
         "layers_per_block": count("down_blocks.0.resnets"),
         "time_embedding_dim": shape("time_embedding.linear_1.weight")[0],
-        "down_block_types": blocks["down"],
-        "up_block_types": blocks["up"],
+        "down_block_types": kinds["Down"],
+        "up_block_types": kinds["Up"],
         "mid_block_type": "UNetMidBlock2D" if middle else None,
         "add_attention": count("mid_block.attentions") > 0,
-        "attn_norm_num_groups": None if not scale_shift or "mid_block.attentions.0.group_norm.weight" not in shapes else 32,
+        "attn_norm_num_groups": _DEFAULTS["norm_num_groups"] if normed else None,
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
     }
 
