@@ -12,13 +12,23 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="weights", help="Published checkpoints: inspect, convert, test.", no_args_is_help=True)
 
-File = Annotated[Path, typer.Argument(help="Checkpoint: .pt, .pth or .safetensors, nothing in it is executed.")]
+File = Annotated[
+    Path,
+    typer.Argument(
+        help="Checkpoint (.pt, .pth, .safetensors; nothing in it is executed) or folder of a diffusers model."
+    ),
+]
 HeadChannels = Annotated[
-    int | None, typer.Option(help="ADM: channels of a head of attention, 64 unless given; no shape tells.")
+    int | None,
+    typer.Option(help="Channels of a head of attention where no shape tells: ADM 64, diffusers 8 unless given."),
 ]
 Heads = Annotated[int | None, typer.Option(help="ADM: heads of attention, instead of --head-channels.")]
 NewOrder = Annotated[bool, typer.Option("--new-attention-order", help="ADM: q, k and v one after another.")]
 Centered = Annotated[bool, typer.Option("--centered", help="NCSN++: it does not map 0..1 to -1..1 by itself.")]
+LongestPeriod = Annotated[float | None, typer.Option(help="ADM, PET: of the time step's sines, 10000 unless given.")]
+TimeScale = Annotated[
+    float | None, typer.Option(help="diffusers: the network is shown this many times the time of its path.")
+]
 
 
 @app.command()
@@ -28,17 +38,23 @@ def inspect(
     heads: Heads = None,
     new_attention_order: NewOrder = False,
     centered: Centered = False,
+    longest_period: LongestPeriod = None,
+    time_scale: TimeScale = None,
 ) -> None:
-    """Family, architecture and size of a checkpoint, from its tensors' names and shapes."""
+    """Family, architecture and size of a checkpoint, from its tensors' names and shapes and what lies beside them."""
     from recon3d.priors.checkpoints.convert import FAMILIES
     from recon3d.priors.checkpoints.convert import inspect as look
 
-    found = look(checkpoint, **_options(head_channels, heads, new_attention_order, centered))
+    found = look(
+        checkpoint,
+        **_options(head_channels, heads, new_attention_order, centered, longest_period, time_scale),
+    )
     typer.echo(f"{checkpoint}: {FAMILIES[found.family].title}")
     typer.echo(f"  {len(found.tensors)} tensors, {found.parameters / 1e6:.1f} million parameters")
     variance = ", and a variance" if found.learned_variance else ""
-    typer.echo(f"  images of {found.channels} channel{'s' * (found.channels > 1)}{variance}")
-    for key, value in found.architecture.items():
+    beside = f", shown {found.conditions} more beside them" if found.conditions else ""
+    typer.echo(f"  images of {found.channels} channel{'s' * (found.channels > 1)}{beside}{variance}")
+    for key, value in {**found.architecture, **found.card}.items():
         typer.echo(f"  {key}: {value}")
 
 
@@ -57,27 +73,32 @@ def convert(
     spacing_mm: Annotated[
         tuple[float, float] | None, typer.Option(help="Smallest and largest pixel it was trained on.")
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="ADM: linear or cosine; linear unless given.")] = None,
-    sigma_max: Annotated[float | None, typer.Option(help="NCSN++: highest noise level, 378 unless given.")] = None,
-    prediction: Annotated[str | None, typer.Option(help="eps, x0, v or score; the family's unless given.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Discrete variance preserving path: linear, scaled_linear or cosine.")
+    ] = None,
+    sigma_max: Annotated[float | None, typer.Option(help="Variance exploding path: highest noise level.")] = None,
+    beta_max: Annotated[float | None, typer.Option(help="Continuous variance preserving path: last beta.")] = None,
+    prediction: Annotated[
+        str | None, typer.Option(help="eps, x0, v, score or flow (with its path); the family's unless given.")
+    ] = None,
+    positions: Annotated[
+        bool, typer.Option("--positions", help="The last two input channels say where a pixel lies (PaDIS).")
+    ] = False,
     licence: Annotated[str, typer.Option(help="Of the weights.")] = "",
     head_channels: HeadChannels = None,
     heads: Heads = None,
     new_attention_order: NewOrder = False,
     centered: Centered = False,
+    longest_period: LongestPeriod = None,
+    time_scale: TimeScale = None,
 ) -> None:
     """Make a prior folder from a checkpoint; every tensor is checked before anything is written."""
     from recon3d.config import ConfigError
     from recon3d.priors.checkpoints.convert import convert as make
-    from recon3d.priors.paths import VP
 
     low, high = range_
     if low == high or values[0] == values[1]:
         raise ConfigError("--range and --values: their two ends must differ")
-    if schedule not in (None, "linear", "cosine"):
-        raise ConfigError(f"--schedule: expected linear or cosine, got {schedule!r}")
-    if sigma_max is not None and schedule is not None:
-        raise ConfigError("--sigma-max and --schedule: one is of NCSN++, the other of ADM")
     scale = (values[1] - values[0]) / (high - low)
     card: dict[str, Any] = {
         "name": name or folder.name,
@@ -88,17 +109,23 @@ def convert(
         "unit": unit,
         "value_range": (min(values), max(values)),
         "licence": licence,
+        "positions": positions,
+        **_path(schedule, sigma_max, beta_max, prediction),
     }
-    if prediction is not None:
-        card["prediction"] = prediction
-    if schedule == "cosine":
-        path = VP(schedule="cosine")
-        card["schedule"] = {"schedule": "cosine"}
-        card["sigma_range"] = (path.sigma(0) * 1.0001, path.sigma(path.steps - 1) * 0.9999)
-    if sigma_max is not None:
-        card["schedule"], card["sigma_range"] = {"sigma_max": sigma_max}, (0.01, sigma_max)
-    made = make(checkpoint, folder, card, **_options(head_channels, heads, new_attention_order, centered))
+    options = _options(head_channels, heads, new_attention_order, centered, longest_period, time_scale)
+    made = make(checkpoint, folder, card, **options)
     typer.echo(f"{folder}: prior {made.name!r}, {(made.parameters or 0) / 1e6:.1f} million parameters")
+
+
+@app.command("export-script")
+def export_script(kind: Annotated[str, typer.Argument(help="edm: Python objects (.pkl) of NVlabs' EDM.")]) -> None:
+    """Print the program that turns published Python objects into tensors, to be run once where their source is."""
+    from recon3d.config import ConfigError
+    from recon3d.priors.checkpoints.beside import edm_script
+
+    if kind != "edm":
+        raise ConfigError(f"export-script: only edm is published as Python objects, got {kind!r}")
+    typer.echo(edm_script(), nl=False)
 
 
 @app.command()
@@ -146,12 +173,50 @@ def _slices(volume: Path, count: int, unit: str, mu_water_per_mm: float) -> Tens
     return x[index][:, None].float().contiguous()
 
 
-def _options(head_channels: int | None, heads: int | None, new_order: bool, centered: bool) -> dict[str, Any]:
+def _path(
+    schedule: str | None, sigma_max: float | None, beta_max: float | None, prediction: str | None
+) -> dict[str, Any]:
+    """The card's fields of the noise path, as far as they were given."""
+    from recon3d.config import ConfigError
+    from recon3d.priors.checkpoints.beside import noise_fields
+
+    paths: dict[str, tuple[str, dict[str, Any]]] = {}
+    if schedule is not None:
+        paths["--schedule"] = ("vp", {"schedule": schedule})
+    if sigma_max is not None:
+        paths["--sigma-max"] = ("ve", {"sigma_max": sigma_max})
+    if beta_max is not None:
+        paths["--beta-max"] = ("vp_continuous", {"beta_max": beta_max})
+    if prediction == "flow":
+        paths["--prediction flow"] = ("flow", {})
+    if len(paths) > 1:
+        raise ConfigError(f"{' and '.join(paths)}: one of them, they are of different noise paths")
+    if not paths:
+        return {} if prediction is None else {"prediction": prediction}
+    (option, (path, numbers)), *_ = paths.items()
+    try:
+        fields = noise_fields(path, numbers, prediction or "")
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+    if prediction is None:
+        del fields["prediction"]
+    return fields
+
+
+def _options(
+    head_channels: int | None,
+    heads: int | None,
+    new_order: bool,
+    centered: bool,
+    longest_period: float | None,
+    time_scale: float | None,
+) -> dict[str, Any]:
     from recon3d.config import ConfigError
 
     if head_channels is not None and heads is not None:
         raise ConfigError("--heads and --head-channels: give one of them")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"longest_period": longest_period, "time_scale": time_scale}
+    options = {name: value for name, value in options.items() if value is not None}
     if new_order:
         options["legacy_attention"] = False
     if centered:

@@ -79,7 +79,7 @@ class VP:
     _log_sigma: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.steps < 2 or not 0 < self.beta_min <= self.beta_max < 1:
+        if self.steps != int(self.steps) or self.steps < 2 or not 0 < self.beta_min <= self.beta_max < 1:
             raise ValueError(
                 "VP: need steps >= 2 and 0 < beta_min <= beta_max < 1, "
                 f"got {self.steps}, {self.beta_min}, {self.beta_max}"
@@ -87,7 +87,7 @@ class VP:
         if self.schedule not in ("linear", "scaled_linear", "cosine"):
             raise ValueError(f"VP: schedule must be linear, scaled_linear or cosine, got {self.schedule!r}")
         log_abar, table = 0.0, []
-        for t in range(self.steps):
+        for t in range(int(self.steps)):  # a card's numbers are floats
             log_abar += math.log1p(-self._beta(t))
             # sigma^2 = 1/abar - 1
             table.append(0.5 * math.log(math.expm1(-log_abar)))
@@ -105,7 +105,7 @@ class VP:
     def sigma(self, t: float) -> float:
         if not 0 <= t <= self.steps - 1:
             raise ValueError(f"VP: time must be in [0, {self.steps - 1}], got {t}")
-        i = min(int(t), self.steps - 2)
+        i = min(int(t), len(self._log_sigma) - 2)
         a, b = self._log_sigma[i], self._log_sigma[i + 1]
         return math.exp(a + (t - i) * (b - a))
 
@@ -118,7 +118,7 @@ class VP:
         # rounding in exp/log may leave the ends by an ulp
         if not low - 1e-12 <= log <= high + 1e-12:
             raise ValueError(f"VP: sigma must be in [{math.exp(low):.4g}, {math.exp(high):.4g}], got {sigma}")
-        i = min(max(bisect.bisect_right(self._log_sigma, log) - 1, 0), self.steps - 2)
+        i = min(max(bisect.bisect_right(self._log_sigma, log) - 1, 0), len(self._log_sigma) - 2)
         a, b = self._log_sigma[i], self._log_sigma[i + 1]
         return min(max(i + (log - a) / (b - a), 0.0), self.steps - 1.0)
 

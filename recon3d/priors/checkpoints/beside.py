@@ -62,7 +62,10 @@ def noise_fields(path: str, schedule: dict[str, Any], prediction: str) -> dict[s
     if path == "edm":
         low, high = 0.002, 80.0
     else:
-        clock, ends = noise_path(path, schedule), {"ve": (0.0, 1.0), "vp_continuous": (1e-5, 1.0), "flow": (1e-3, 0.999)}
+        clock, ends = (
+            noise_path(path, schedule),
+            {"ve": (0.0, 1.0), "vp_continuous": (1e-5, 1.0), "flow": (1e-3, 0.999)},
+        )
         first, last = ends.get(path, (0.0, schedule.get("steps", 1000) - 1.0))
         # rounding must not push an end out of the path
         low, high = clock.sigma(first) * 1.0001, clock.sigma(last) * 0.9999
@@ -90,8 +93,8 @@ class _EDMExport(BaseModel):
     beta_d: float = Field(19.9, gt=0)
     beta_min: float = Field(0.1, gt=0)
     M: int = Field(1000, ge=2, le=100_000)
-    C_1: Literal[0.001] = 0.001
-    C_2: Literal[0.008] = 0.008
+    C_1: float = Field(0.001, ge=0.001, le=0.001, description="other cosines than the usual are not known")
+    C_2: float = Field(0.008, ge=0.008, le=0.008)
     init: dict[str, Any] = Field(default_factory=dict, description="arguments the network was made with, to look at")
 
 

@@ -170,7 +170,7 @@ def inspect(path: str | Path, **options: Any) -> Found:
         config.out_channels == 2 * channels,
         sum(tensor.numel() for tensor in tensors.values()),
         tensors,
-        {**family.card, **published.card},
+        dict(published.card or family.card),
     )
 
 
@@ -200,7 +200,8 @@ def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **opt
         path: the checkpoint.
         folder: where card.json and model.safetensors go; must not hold another prior.
         card: what the checkpoint does not tell, as fields of a ModelCard: name, offset and scale (user value =
-            offset + scale * network value), unit, plane, spacing_mm, licence, and the schedule if it is not the usual.
+            offset + scale * network value), unit, plane, spacing_mm, licence, the schedule if it is not the usual, and
+            for a network that takes more channels than it gives condition or positions.
         options: as in inspect.
 
     Raises:
@@ -211,11 +212,19 @@ def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **opt
     target = Path(folder)
     if (target / CARD).exists():
         raise BadInput(target, "holds a prior already", "name another folder")
+    conditions = found.conditions - 2 * bool(card.get("positions"))
+    if conditions < 0 or (conditions > 0) != (card.get("condition") is not None):
+        raise BadInput(
+            path,
+            f"the network takes {found.channels + found.conditions} channels and gives {found.channels}",
+            "say in the card what the others are: condition, or positions, which are two",
+        )
     try:
         made = ModelCard.model_validate(
             {
                 **found.card,
                 "channels": found.channels,
+                "cond_channels": conditions,
                 "architecture": found.architecture,
                 "parameters": found.parameters,
                 **card,
@@ -225,13 +234,6 @@ def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **opt
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "card"
         raise ValueError(f"{where}: {first['msg']}") from None
-    conditions = found.conditions - 2 * made.positions
-    if conditions:
-        raise BadInput(
-            path,
-            f"takes {found.channels + found.conditions} channels and gives {found.channels}",
-            "networks with a condition cannot be converted; channels of positions are told by positions in the card",
-        )
     state = {name: tensor.float() for name, tensor in found.tensors.items()}
     build_network(made, state, path)
     return write_folder(target, made, state, torch.float32)

@@ -6,6 +6,7 @@ containers and refuses everything else.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,29 @@ def read_checkpoint(path: str | Path) -> Any:
         except (SafetensorError, OSError, ValueError) as error:
             raise BadInput(path, f"not a safetensors file ({_first(error)})", "fetch it again") from None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK" or None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=head[:2] == b"PK" or None)
     except Exception as error:  # damaged files raise whatever the reader trips over
         text = " ".join(str(error).split())
         if type(error).__name__ != "UnpicklingError":
             raise BadInput(path, f"is damaged or not a torch file ({_first(error)})", "fetch it again") from None
-        if "WeightsUnpickler" in text or "GLOBAL" in text:
-            named = text.partition("GLOBAL ")[2].split(" ")[0] or "an object"
+        if "WeightsUnpickler" in text or "GLOBAL" in text or "nsupported" in text:
+            named = text.partition("GLOBAL ")[2].split(" ")[0].strip("`") or "an object"
             raise BadInput(
-                path,
-                f"holds {named.strip('`')}, which is not a tensor; nothing of it was executed",
-                "save the state dict alone with torch.save or safetensors",
+                path, f"holds {named}, which is not a tensor; nothing of it was executed", _how_to_save(path)
             ) from None
         raise BadInput(path, "is damaged or not a torch file", "fetch it again") from None
+
+
+def _how_to_save(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(4096)
+    if b"torch_utils.persistence" in start:
+        return (
+            "it is a Python object of EDM; recon3d weights export-script edm prints a program that makes tensors of it"
+        )
+    return "save the state dict alone with torch.save or safetensors"
 
 
 def tensors_of(value: Any, path: str | Path) -> dict[str, Tensor]:

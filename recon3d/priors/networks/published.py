@@ -1,4 +1,4 @@
-"""What networks with published names share: how they are frozen, which images they take, how time steps are embedded."""
+"""What networks with published names share: how they are frozen, which images they take, sines of the time step."""
 
 from __future__ import annotations
 
