@@ -11,7 +11,7 @@ from test_weights import CONFIGS, random_state
 from recon3d import cli
 from recon3d.priors import ModelCard
 from recon3d.priors.network_prior import NetworkPrior
-from recon3d.priors.paths import VP
+from recon3d.priors.paths import VP, VPContinuous
 from recon3d.priors.self_test import self_test
 
 
@@ -45,6 +45,29 @@ def slices():
     return 100 * (ExactNetwork.mean + ExactNetwork.spread * torch.randn(3, 1, 48, 48, generator=g))
 
 
+class Mistaken(ExactNetwork):
+    """Trained with one convention; with `wrong` in its card's architecture it is built with another."""
+
+    def __init__(self, path, right, architecture):
+        self.path, self.ranged = path, False
+        self.off = any(architecture.get(key) != value for key, value in right.items())
+
+    def __call__(self, x, t):
+        # a network takes any number for a time
+        t = t.clamp(max=1.0) if isinstance(self.path, VPContinuous) else t
+        return super().__call__(x, t) * (0.3 if self.off else 1.0)
+
+
+def verdict_of(clock, right, **card):
+    whole = {"name": "p", "scale": 100.0, "sigma_range": (0.02, 3.0), "prediction": "eps", **card}
+    made = ModelCard.model_validate(whole)
+    return self_test(
+        NetworkPrior(Mistaken(clock, right, made.architecture), made),
+        slices(),
+        remake=lambda other: NetworkPrior(Mistaken(clock, right, other.architecture), other),
+    )
+
+
 def verdict(net, **card):
     whole = {"name": "p", "scale": 100.0, "path": "vp", "prediction": "eps", "sigma_range": (0.02, 100.0)} | card
     made = ModelCard.model_validate(whole)
@@ -68,12 +91,62 @@ def test_a_true_card_is_sound():
         ),
         (ExactNetwork(), {"prediction": "v"}, "prediction 'eps' where the card says 'v' repairs it"),
         (ExactNetwork("cosine"), {}, "a cosine schedule where the card says linear repairs it"),
+        (ExactNetwork("scaled_linear"), {}, "a scaled_linear schedule where the card says linear repairs it"),
     ],
 )
 def test_a_wrong_card_is_named(net, card, says):
     found = verdict(net, **card)
     assert not found.sound
     assert says in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("path", "card", "says"),
+    [
+        (VPContinuous(0.1, 10.0), {"beta_max": 20.0}, "beta_max 10 where the card says 20 repairs it"),
+        (VPContinuous(0.1, 20.0), {"beta_max": 10.0}, "beta_max 20 where the card says 10 repairs it"),
+    ],
+)
+def test_a_wrong_continuous_schedule_is_named(path, card, says):
+    found = verdict_of(path, {}, path="vp_continuous", schedule={"beta_min": 0.1, **card})
+    assert says in found.verdict
+
+
+def test_a_wrong_path_is_named():
+    found = verdict_of(VPContinuous(0.1, 20.0), {}, path="vp", sigma_range=(0.05, 20.0))
+    assert "the path vp_continuous where the card says vp repairs it" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "says"),
+    [
+        ({"legacy_attention": False}, {"legacy_attention": True}, "q, k and v one after another where the card says"),
+        ({"longest_period": 0.005}, {"longest_period": 1e4}, "longest_period 0.005 where the card says 10000 repairs"),
+        ({"centered": True}, {"centered": False}, "takes what it is given (--centered) where the card says otherwise"),
+        ({"head_channels": None}, {"head_channels": 64}, "head_channels of all where the card says 64 repairs it"),
+        ({"time_scale": 1000.0}, {"time_scale": 1.0}, "time_scale 1000 where the card says 1 repairs it"),
+    ],
+)
+def test_a_network_built_otherwise_is_named(right, wrong, says):
+    """Each convention that no shape tells; the network is exact when built as it was trained."""
+    found = verdict_of(VP(), right, path="vp", architecture={"family": "adm", **wrong})
+    assert not found.sound
+    assert says in found.verdict
+
+
+def test_a_wrong_sigma_data_is_named():
+    class Karras(ExactNetwork):
+        clock = "log_sigma"
+
+        def __call__(self, x, t):
+            sigma, d = math.exp(4 * float(t)), 0.5
+            norm = math.hypot(sigma, d)
+            u = x * norm
+            best = u - sigma**2 / (self.spread**2 + sigma**2) * (u - self.mean)
+            return (best - (d / norm) ** 2 * u) * norm / (sigma * d)
+
+    found = verdict(Karras(), path="edm", prediction="edm", sigma_data=1.0, sigma_range=(0.02, 20.0))
+    assert "sigma_data 0.5 where the card says 1.0 repairs it" in found.verdict
 
 
 def test_a_network_of_noise_is_not_repaired():

@@ -732,3 +732,43 @@ def test_a_truncated_file_or_a_payload_is_refused(family, tmp_path, monkeypatch)
     with pytest.raises(BadInput, match=r"not a tensor; nothing of it was executed|not a safetensors file"):
         inspect(path, **options)
     assert not (tmp_path / "executed").exists()
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def test_the_verbs_take_every_family_and_path(tmp_path, capsys):
+    from recon3d import cli
+    from recon3d.priors import ModelCard
+
+    how = ["--range", "0", "1", "--values", "0", "5000", "--unit", "Bq/mL"]
+    files = {}
+    for family in ("pet", "unet2d"):
+        (tmp_path / family).mkdir()
+        files[family] = str(published(family, tmp_path / family)[0])
+    pet_files(tmp_path)
+    files["averages"] = str(tmp_path / "ema_model.pt")
+    for k, (file, more, card) in enumerate(
+        (
+            ("pet", ["--heads", "4", "--beta-max", "20"], {"path": "vp_continuous", "schedule": {"beta_max": 20.0}}),
+            ("averages", ["--heads", "4", "--sigma-max", "40"], {"path": "ve", "schedule": {"sigma_max": 40.0}}),
+            ("unet2d", ["--schedule", "scaled_linear"], {"path": "vp", "schedule": {"schedule": "scaled_linear"}}),
+            ("unet2d", ["--prediction", "flow", "--time-scale", "999"], {"path": "flow", "prediction": "flow"}),
+        )
+    ):
+        folder = tmp_path / f"prior{k}"
+        assert cli.run(["weights", "convert", files[file], str(folder), *how, *more]) == 0
+        made = ModelCard.model_validate_json((folder / "card.json").read_text())
+        assert {key: getattr(made, key) for key in card} == card
+        assert made.sigma_range is not None
+        assert load_prior(folder).denoise(torch.zeros(1, 1, 8, 8), 0.5 * made.scale).isfinite().all()
+    assert cli.run(["weights", "inspect", files["unet2d"]]) == 0
+    assert "diffusers UNet2DModel" in capsys.readouterr().out
+    bad = ["weights", "convert", files["unet2d"], str(tmp_path / "none"), *how]
+    assert cli.run([*bad, "--schedule", "cosine", "--sigma-max", "3"]) == 2
+    assert "--schedule and --sigma-max: one of them" in capsys.readouterr().err
+    assert cli.run([*bad, "--schedule", "sigmoid"]) == 2
+    assert "schedule must be linear, scaled_linear or cosine" in capsys.readouterr().err
+    assert cli.run([*bad, "--prediction", "noise"]) == 2
+    assert cli.run(["weights", "export-script", "ddpm"]) == 2
+    assert not (tmp_path / "none").exists()

@@ -138,6 +138,7 @@ def test(
     mu_water_per_mm: Annotated[float, typer.Option(help="CT: attenuation of water.")] = 0.0193,
 ) -> None:
     """Denoise known noise and compare with what a filter leaves; a wrong schedule, range or prediction is named."""
+    from recon3d.config import ConfigError
     from recon3d.priors import find_prior
     from recon3d.priors.checkpoints import build_network, read_folder
     from recon3d.priors.network_prior import NetworkPrior
@@ -146,9 +147,9 @@ def test(
     folder = find_prior(prior)
     card, state = read_folder(folder)
     if card.channels != 1:
-        from recon3d.config import ConfigError
-
         raise ConfigError(f"weights test: prior {card.name!r} has {card.channels} channels; it takes priors of one")
+    if card.cond_channels:
+        raise ConfigError(f"weights test: prior {card.name!r} is shown another image, which this test has not")
     images = _slices(volume, slices, card.unit, mu_water_per_mm)
     found = self_test(
         NetworkPrior(build_network(card, state, folder), card),
