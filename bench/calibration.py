@@ -41,7 +41,7 @@ from recon3d.testing.phantoms import coil_maps, smooth_phase
 
 SAMPLES = 8
 SIDE = 64
-LEVELS = 60  # of posterior, which has 300; the Gaussian oracle's mean is then off by some per cent of its spread
+LEVELS = 60  # of the recipe posterior, whose own 300 take five times as long
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "calibration.png"
 # left out, and of the training set: file, slices, first row and column of the square
 CT = {
@@ -128,7 +128,8 @@ def judged(
         widened = "" if factor is None else f"; times {factor:.2f} (training volume): {100 * found['widened']:.0f} %"
         print(
             f"{what}, {left.name}, {name}: {100 * found['share']:.1f} % inside the 90 % interval{widened}; "
-            f"calibration error {found['calibration_error']:.3f}, error and spread correlate {found['correlation']:.2f}",
+            f"calibration error {found['calibration_error']:.3f}",
+            f"error and spread correlate {found['correlation']:.2f}",
             f"rms error {found['rmse']:.4g}, rms spread {found['spread']:.4g}, {found['cpu_s']:.0f} s CPU",
             sep="; ",
             flush=True,
