@@ -421,7 +421,7 @@ def _execute(
 ) -> Result:
     if samples < 1:
         raise ValueError(f"samples: must be at least 1, got {samples}")
-    sentences = [*problem.check(), *_unclaimed(problem.recipe, samples)]
+    sentences = [*problem.check(), *_unclaimed(problem, samples)]
     job = problem.job()
     plan = planning.predict(
         problem, compute, probe=False, picture=run is not None and output.preview, samples=samples, disk=run is not None
@@ -464,12 +464,15 @@ def _execute(
         return result
 
 
-def _unclaimed(recipe: Recipe, samples: int) -> list[str]:
+def _unclaimed(problem: Problem, samples: int) -> list[str]:
+    recipe = problem.recipe
     if samples == 1 or recipe.claims == "posterior_sample":
         return []
+    # there is none for counts yet
+    other = "" if problem.scan.modality == "pet" else "; recipe posterior draws from the posterior"
     return [
         f"samples: recipe {recipe.name} claims an estimate, so the spread of its {samples} samples is that of the "
-        "method and may be far from the uncertainty of the image; recipe posterior draws from the posterior"
+        f"method and may be far from the uncertainty of the image{other}"
     ]
 
 
