@@ -202,11 +202,14 @@ class NoiseConfig(_Section):
 
 
 class ComputeConfig(_Section):
-    """The machine; nothing here changes the result on one kind of device."""
+    """The machine; nothing here changes the result but by the rounding of a compiled network or a GPU's batches."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: int | None = Field(None, ge=1, description="slices the prior works on at once; null chooses")
     workers: int | None = Field(None, ge=1, description="CPU threads; null takes the cores at hand")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="compile the network before the first slice, which takes a minute or more; auto: on a GPU"
+    )
     memory_budget_gib: float | None = Field(None, gt=0, description="refuse above it; null takes what is free")
 
 

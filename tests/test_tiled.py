@@ -190,6 +190,12 @@ def test_activations_are_those_of_a_patch():
     assert torch.isfinite(u.grad).all()
 
 
+def test_units_are_the_priors():
+    prior = TiledPrior(network(), 32)
+    prior.offset = prior.scale = 0.02
+    assert (prior.prior.offset, prior.prior.scale, prior.scale) == (0.02, 0.02, 0.02)
+
+
 def test_a_card_or_the_caller_asks_for_patches(tmp_path):
     torch.manual_seed(0)
     net = UNet(UNetConfig(channels=(8, 16), blocks=1, embedding=16, group_size=8))

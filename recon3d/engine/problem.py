@@ -138,7 +138,7 @@ def load_problem(config: JobConfig, events: Events) -> Problem:
     return Problem(
         scan=scan,
         recipe=validate(Recipe, config.recipe, "recipe"),
-        prior=load_prior(config.prior, scan.device, tile=config.tile),
+        prior=load_prior(config.prior, scan.device, tile=config.tile, compile=config.compute.compile),
         seed=config.seed,
         accept_mismatch=config.accept_mismatch,
         files={str(file): sha256_file(file) for file in weights},

@@ -23,6 +23,7 @@ def load_prior(
     device: str | torch.device = "cpu",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     tile: int | None = None,
+    compile: Literal["auto", "on", "off"] = "auto",
 ) -> NetworkPrior | TiledPrior:
     """A trained prior, ready to denoise.
 
@@ -32,6 +33,7 @@ def load_prior(
         precision: "auto" is bfloat16 where the device computes with it natively, else float32.
         tile: largest side of what a prior of whole slices is shown at once, in pixels; None shows it whole slices. A
             prior of patches (`card.patch`) is always shown patches of that size.
+        compile: let torch compile the network, and on a GPU replay it as a CUDA graph; "auto" does so on a GPU.
 
     Raises:
         BadInput: there is no such prior, or its files are damaged.
@@ -46,7 +48,7 @@ def load_prior(
         from recon3d.io import BadInput
 
         raise BadInput(folder / "card.json", "sigma_data is missing", "write the card with recon3d train")
-    prior = NetworkPrior(build_network(card, state, folder), card, device, precision)
+    prior = NetworkPrior(build_network(card, state, folder), card, device, precision, compile=compile)
     side = card.patch or tile
     return prior if side is None else TiledPrior(prior, side)
 

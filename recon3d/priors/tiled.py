@@ -107,12 +107,29 @@ class TiledPrior:
         if not 0 <= 2 * shared < side:
             raise ValueError(f"TiledPrior: overlap must be at least 0 and less than half of {side}, got {shared}")
         self.prior = prior
-        self.offset, self.scale = prior.offset, prior.scale
         self.patch, self.overlap = side, shared
         self._moves = trained is not None
         self._positions = card is not None and card.positions
         if card is not None:
             self.card = card.model_copy(update={"patch": side})
+
+    @property
+    def offset(self) -> float:
+        """The prior's."""
+        return self.prior.offset
+
+    @offset.setter
+    def offset(self, value: float) -> None:
+        self.prior.offset = value
+
+    @property
+    def scale(self) -> float:
+        """The prior's."""
+        return self.prior.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self.prior.scale = value
 
     def denoise(self, u: Tensor, sigma: float, cond: Tensor | None = None) -> Tensor:
         """E[x0 | x0 + sigma eps = u] of slices of any size.
