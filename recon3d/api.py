@@ -8,6 +8,9 @@ result.volume   # [z, y, x], complex
 
 result = recon3d.reconstruct_pet(prompts, geometry, factors, additive, recipe="pet", prior="pet")
 result.volume   # [z, y, x], Bq/mL
+
+result = recon3d.enhance(image, grid, "sr", factor=4, unit="hu", noise=20.0)
+result.volume   # [z, 4 y, 4 x], 1/mm
 """
 
 from __future__ import annotations
@@ -35,18 +38,21 @@ from recon3d.engine.job import Schedule, Solved, Timings, solve
 from recon3d.engine.memory import peak_resident_bytes
 from recon3d.engine.montecarlo import Kept, Uncertainty, draw
 from recon3d.engine.problem import Problem, load_problem
-from recon3d.engine.scan import DEFAULTS, Scan, choose_device, digest, modality_of
+from recon3d.engine.scan import Scan, choose_device, defaults_of, digest
 from recon3d.engine.scan_ct import CTScan
+from recon3d.engine.scan_image import Degradation
+from recon3d.engine.scan_image import prepare as prepare_image
 from recon3d.engine.scan_mri import kspace_of, prepare
 from recon3d.engine.scan_pet import prepare as prepare_pet
 from recon3d.geometry import GeometryWarning, PETGeometry, ScanGeometry, VolumeGrid
 from recon3d.geometry.mri import Trajectory
+from recon3d.io.units import MU_WATER_PER_MM
 from recon3d.operators.noise import GaussianNoise, NoiseModel
 from recon3d.priors.base import Prior
 from recon3d.real_view import real_view
 from recon3d.recipes import Recipe, load_recipe, recipe_from
 
-__all__ = ["Problem", "Result", "plan_job", "reconstruct", "reconstruct_mri", "reconstruct_pet", "run_job"]
+__all__ = ["Problem", "Result", "enhance", "plan_job", "reconstruct", "reconstruct_mri", "reconstruct_pet", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Result:
 
     Attributes:
         volume: [z, y, x] on the CPU: attenuation in 1/mm for CT, complex in the scanner's unit for MRI, activity
-            in Bq/mL for PET.
+            in Bq/mL for PET, in 1/mm for images in HU and else in the image's unit.
         grid: its grid.
         timings: where the time went, over all attempts.
         peak_memory_bytes: most resident memory of this process.
@@ -319,6 +325,80 @@ def reconstruct_pet(
     )  # fmt: skip
 
 
+def enhance(
+    image: Tensor | NDArray[np.floating],
+    grid: VolumeGrid,
+    operator: Literal["identity", "sr", "blur"] = "identity",
+    recipe: str | Recipe | None = None,
+    prior: str | Path | Prior | None = None,
+    *,
+    unit: Literal["hu", "per_mm", "au"],
+    factor: int | None = None,
+    factor_z: int | None = None,
+    blur_mm: tuple[float, float, float] | None = None,
+    blur_kind: Literal["gaussian", "uniform"] | None = None,
+    noise: float | Literal["auto"] | None = "auto",
+    seed: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    accept_mismatch: bool = False,
+    folder: str | Path | None = None,
+    schedule: Schedule | None = None,
+    output: OutputConfig | None = None,
+    force: bool = False,
+    listeners: tuple[Listener, ...] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Denoise, super-resolve or deblur an image volume: image = A volume + noise.
+
+    Args:
+        image: [z, y, x] in `unit`.
+        grid: its grid.
+        operator: A: "identity", "sr" (means of blocks of finer voxels) or "blur".
+        recipe: a packaged recipe ("ddnm_plus", "ddnm", "dps_image", ...), a YAML file, or a Recipe; None takes
+            ddnm_plus, without noise ddnm.
+        prior: a packaged prior, a folder, or any object with `denoise`, `offset` and `scale`; None takes "mr" for
+            arbitrary units, else "ct". For images in arbitrary units a network unit is the 99.9th percentile.
+        unit: "hu", "per_mm" (attenuation in 1/mm) or "au" (arbitrary, such as a magnitude of MR).
+        factor: sr: fine pixels along the side of a coarse one.
+        factor_z: sr: thin slices in a thick one.
+        blur_mm: blur along z, y, x in mm: full width at half maximum, of a uniform blur the width.
+        blur_kind: "gaussian" unless given, or "uniform".
+        noise: standard deviation of a voxel in `unit`; "auto" reads it off the image, None takes the image as exact.
+        seed, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop: as in
+            `reconstruct`.
+
+    Returns:
+        The volume in 1/mm for "hu" and "per_mm", else in the image's unit, with timings and its fit to the image; its
+        grid is finer than the image's for "sr".
+
+    Raises:
+        ValueError: the image is no volume on the grid, holds NaN or is constant, or a number is missing or has no
+            meaning with the operator.
+        NonFiniteError, ResourceError: as `reconstruct`.
+    """
+    place = choose_device(device)
+    degradation = Degradation(operator, factor, factor_z, blur_mm, blur_kind)
+    water = (output or OutputConfig()).mu_water_per_mm or MU_WATER_PER_MM
+    scan = prepare_image(image, grid, degradation, values=unit, noise=noise, mu_water_per_mm=water, device=place)
+    recipe = recipe or ("ddnm" if noise is None else "ddnm_plus")
+    problem = Problem(
+        scan=scan,
+        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
+        prior=_prior(prior or ("mr" if unit == "au" else "ct"), place),
+        seed=seed,
+        accept_mismatch=accept_mismatch,
+    )
+    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "noise": repr(scan.noise), "seed": seed}
+    compute = ComputeConfig(batch_size=batch_size, workers=workers)
+    run = None if folder is None else RunFolder(folder)
+    text = yaml.safe_dump(meaning, sort_keys=False)
+    return _execute(
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
+    )
+
+
 def run_job(
     config: JobConfig,
     folder: str | Path,
@@ -385,7 +465,7 @@ def resolve(config: JobConfig) -> JobConfig:
     place = Path(config.input.path).absolute()
     raw, prior = config.recipe, config.prior
     if raw is None or prior is None or (isinstance(raw, dict) and raw.get("like") == "auto"):
-        default_recipe, default_prior = DEFAULTS[modality_of(place)]
+        default_recipe, default_prior = defaults_of(config)
     else:
         default_recipe, default_prior = "", prior
     recipe, prior = recipe_from(raw, default_recipe), prior or default_prior

@@ -39,6 +39,9 @@ Shape = Annotated[
 Lengths = Annotated[
     tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], Strict(False)
 ]
+Widths = Annotated[
+    tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]], Strict(False)
+]
 Interval = Annotated[tuple[Annotated[int, Field(ge=0), Strict()], Annotated[int, Field(ge=0), Strict()]], Strict(False)]
 
 
@@ -77,7 +80,7 @@ class InputConfig(_Section):
         None, gt=0, lt=1, description="CT: floor before the logarithm, 1e-4 unless given"
     )
     # k-space
-    slices: Interval | None = Field(None, description="MRI: keep slices [first, end); null keeps all")
+    slices: Interval | None = Field(None, description="MRI, image: keep slices [first, end); null keeps all")
     contrast: int | None = Field(None, ge=0, description="MRI: which of several, from 0; null takes the first")
     repetition: int | None = Field(None, ge=0, description="MRI: which of several, from 0")
     phase: int | None = Field(None, ge=0, description="MRI: which of several, from 0")
@@ -135,6 +138,21 @@ class InputConfig(_Section):
     injected_bq: float | None = Field(None, gt=0, description="PET: activity at injection, for SUV")
     injection_to_scan_s: float | None = Field(None, description="PET: for SUV")
     half_life_s: float | None = Field(None, gt=0, description="PET: of the isotope, for SUV")
+    # images
+    operator: Literal["none", "identity", "sr", "blur"] | None = Field(
+        None,
+        description="image: what it lacks. identity: it is noisy; sr: it is coarse; blur: it is blurred; none: nothing "
+        "was measured, the image is the condition of the prior",
+    )
+    image_unit: Literal["hu", "per_mm", "au"] | None = Field(
+        None, description="image: its unit, where the file does not state it; au is arbitrary, such as MR"
+    )
+    factor: int | None = Field(None, ge=1, le=64, description="image, sr: fine pixels along the side of a coarse one")
+    factor_z: int | None = Field(None, ge=1, le=64, description="image, sr: thin slices in a thick one")
+    blur_mm: Widths | None = Field(
+        None, description="image, blur: full width at half maximum along z, y, x; of a uniform blur the width"
+    )
+    blur_kind: Literal["gaussian", "uniform"] | None = Field(None, description="image, blur: gaussian unless given")
     guide: str | None = Field(
         None, description="PET: NIfTI of an aligned MR or CT image, for a prior that takes a condition"
     )
@@ -169,6 +187,7 @@ _KEYS = {
         "multiplicative", "additive", "attenuation", "normalisation", "randoms", "counts_per_unit", "psf_fwhm_mm",
         "weight_kg", "injected_bq", "injection_to_scan_s", "half_life_s", "guide",
     },
+    "image": {"slices", "operator", "image_unit", "factor", "factor_z", "blur_mm", "blur_kind"},
 }  # fmt: skip
 
 
@@ -187,7 +206,10 @@ class NoiseConfig(_Section):
         description="auto takes what the file says (weights, photons, noise covariance), or a spread read off the data",
     )
     sigma: float | None = Field(
-        None, gt=0, description="gaussian: standard deviation of a line integral, or of either part of a k-space sample"
+        None,
+        gt=0,
+        description="gaussian: standard deviation of a line integral, of either part of a k-space sample, or of an "
+        "image's voxel in its unit",
     )
     photons: float | None = Field(None, gt=0, description="poisson: mean count of a ray that meets no object")
 

@@ -15,7 +15,8 @@ def test_the_packaged_recipes():
     ct = {"ct", "dds", "dds_iscs", "dds_tv", "diffusionmbir"}
     pet = {"pet", "pet_dds", "pet_dps", "pet_ls", "pet_naive"}
     mri = {"mri", "ddnm_mri", "dds_mri", "dds_mri_tv", "score_mri"}
-    assert set(recipe_names()) == ct | pet | mri | {"posterior", "sample"}
+    images = {"ddnm", "ddnm_plus", "dps_image", "ilvr"}
+    assert set(recipe_names()) == ct | pet | mri | images | {"posterior", "sample"}
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -91,7 +92,7 @@ def test_a_mistake_gets_one_sentence(overrides, message):
 
 
 def test_unknown_recipe():
-    with pytest.raises(ConfigError, match="not one of ct, ddnm_mri, dds"):
+    with pytest.raises(ConfigError, match="not one of ct, ddnm, ddnm_mri, ddnm_plus, dds"):
         load_recipe("ddss")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe("/nowhere/mine.yaml")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recon3d.cli import tools, weights
+from recon3d.cli import enhanced, tools, weights
 
 if TYPE_CHECKING:
     from recon3d.api import Result
@@ -59,7 +59,7 @@ def recon(
     from recon3d.config import load_config
 
     job = load_config(config, set_ or (), _given(input_, recipe, prior, device, samples))
-    _run(job, output, force, quiet)
+    run_in(job, output, force, quiet)
 
 
 @app.command()
@@ -84,7 +84,7 @@ def resume(
         if not text.startswith(("compute.", "checkpoint.")):
             raise ConfigError(f"--set {text}: a run can only be resumed with other compute.* and checkpoint.* settings")
     job = load_config(folder / CONFIG, set_ or (), _given(None, None, None, device, samples))
-    _run(job, folder, False, quiet)
+    run_in(job, folder, False, quiet)
 
 
 @app.command()
@@ -121,6 +121,7 @@ def info(file: Annotated[Path | None, typer.Argument(help="Describe this file or
     typer.echo(about.describe(file) if file is not None else about.installation())
 
 
+app.command()(enhanced.enhance)
 tools.add_to(app)
 app.add_typer(weights.app)
 
@@ -138,7 +139,8 @@ def _given(
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _run(job: Any, output: Path, force: bool, quiet: bool) -> None:
+def run_in(job: Any, output: Path, force: bool, quiet: bool) -> None:
+    """Run a job in a folder, with a progress bar and a line about the result."""
     import warnings
 
     from recon3d.api import resolve, run_job

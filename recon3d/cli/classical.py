@@ -32,6 +32,9 @@ _METHODS: dict[Modality, dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]
         "mlem": (lambda y, operator, weights, **given: baselines.mlem(y, operator, **given), ("iterations",)),
         "osem": (lambda y, operator, weights, **given: _osem(y, operator, **given), ("iterations", "subsets", "rdp")),
     },
+    "image": {
+        "pinv": (lambda y, operator, weights: operator.pinv(y), ()),
+    },
 }
 
 

@@ -4,6 +4,8 @@ from recon3d.consistency.base import Consistency, Guidance, Identity, Projection
 from recon3d.consistency.conditional import Conditional
 from recon3d.consistency.em import OrderedSubsets, log_likelihood, ordered_subsets_em, poisson_log_likelihood
 from recon3d.consistency.gradient import Gradient
+from recon3d.consistency.ilvr import LowPass
+from recon3d.consistency.scaled import ScaledProjection, ScaledRenoise
 from recon3d.consistency.solve import Rho, Solve, conjugate_gradients
 
 __all__ = [
@@ -12,9 +14,12 @@ __all__ = [
     "Gradient",
     "Guidance",
     "Identity",
+    "LowPass",
     "OrderedSubsets",
     "Projection",
     "Rho",
+    "ScaledProjection",
+    "ScaledRenoise",
     "Solve",
     "Visit",
     "conjugate_gradients",

@@ -10,9 +10,11 @@ own, shifted by the step: diffusion posterior sampling (Chung et al., ICLR 2023)
 (Singh et al., MELBA 2 (2024) 547). Counts belong to activities that are not negative: the argument of the likelihood is
 clamped at 0, the state never is, for a clamped state is no noisy image any more and the sampler runs away.
 
-Three kinds of step:
+Four kinds of step:
 
 * "objective", as published: strength / L, in the prior's network units. Right for one level of counts only.
+* "norm", as published for images: strength / sqrt(2 L), L of each slice, in the coordinates x_t = u / sqrt(1 + sigma^2)
+  of a variance-preserving network, so there is a factor sqrt((1 + sigma^2) (1 + sigma'^2)) here.
 * "variance": strength (sigma^2 - sigma'^2), a score of the likelihood in the reverse diffusion; 1 is Bayes' rule as far
   as p(y | u) is p(y | x = argument).
 * "curvature": strength sigma^2, and P = 1 / (1 + sigma^2 H) with H an upper bound of the misfit's curvature, for counts
@@ -22,6 +24,7 @@ Three kinds of step:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -45,16 +48,16 @@ class Gradient:
     Attributes:
         strength: dimensionless; see the steps above.
         through: "prior" carries the gradient at x0 back to the state, "state" takes it at the state.
-        step_kind: "curvature", "variance" or "objective".
+        step_kind: "curvature", "variance", "objective" or "norm".
         poisson: y are counts and the operator has `expected`; else y is Gaussian.
         weights: W of the Gaussian misfit; None for 1.
-        scale: user units per network unit, for "objective".
+        scale: user units per network unit, for "objective" and "norm".
         subsets: of the measurement, one per level in turn; the counter lives in the state.
     """
 
     strength: float
     through: Literal["prior", "state"] = "prior"
-    step_kind: Literal["curvature", "variance", "objective"] = "curvature"
+    step_kind: Literal["curvature", "variance", "objective", "norm"] = "curvature"
     poisson: bool = False
     weights: Tensor | None = None
     scale: float = 1.0
@@ -69,6 +72,8 @@ class Gradient:
             raise ValueError(f"Gradient: subsets must be at least 1, got {self.subsets}")
         if self.subsets > 1 and not self.poisson:
             raise ValueError("Gradient: subsets are for counts; set consistency.subsets to 1")
+        if self.poisson and self.step_kind == "norm":
+            raise ValueError("Gradient: step norm is for Gaussian measurements; counts take curvature or objective")
 
     def guide(
         self,
@@ -81,6 +86,8 @@ class Gradient:
     ) -> Tensor:
         count = int(state[_COUNTER]) if _COUNTER in state else 0
         at = x0 if self.through == "prior" else visit.u
+        if self.step_kind == "norm":
+            return self._norm_step(x0, at, y, operator, level, visit)
         misfit, gradient, bound = self._misfit(at, y, operator, level.sigma, count % self.subsets)
         if self.step_kind == "curvature":
             factor = self.strength * level.sigma**2
@@ -94,6 +101,21 @@ class Gradient:
             gradient = visit.pull(gradient)
         # last, for a pull may be interrupted and the level begun again
         state[_COUNTER] = torch.tensor(count + 1, dtype=torch.int64)
+        return torch.add(x0, gradient, alpha=-factor)
+
+    def _norm_step(
+        self, x0: Tensor, at: Tensor, y: Tensor, operator: LinearOperator, level: Level, visit: Visit
+    ) -> Tensor:
+        rest = operator(at) - y
+        weighted = rest if self.weights is None else rest * self.weights
+        kept = 1 if operator.coupling == "slice" else 0
+        squared = (rest.conj() * weighted).real.flatten(kept).sum(-1, dtype=torch.float64)
+        root = squared.sqrt().clamp_min(torch.finfo(torch.float32).tiny).to(x0.device, torch.float32)
+        gradient = operator.adjoint(weighted) / (root[:, None, None] if kept else root)
+        if self.through == "prior":
+            gradient = visit.pull(gradient)
+        now, following = (s / self.scale for s in (level.sigma, level.sigma_next))
+        factor = self.strength * self.scale * math.sqrt((1 + now**2) * (1 + following**2))
         return torch.add(x0, gradient, alpha=-factor)
 
     def _misfit(

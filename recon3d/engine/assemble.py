@@ -11,11 +11,15 @@ from recon3d.consistency import (
     Gradient,
     Guidance,
     Identity,
+    LowPass,
     OrderedSubsets,
     Projection,
     Rho,
+    ScaledProjection,
+    ScaledRenoise,
     Solve,
 )
+from recon3d.consistency.scaled import sigma_of, spectral
 from recon3d.dormand_prince import Adaptive, DormandPrince
 from recon3d.engine.loop import Executor, InProcess, Job, Start
 from recon3d.operators.base import LinearOperator
@@ -78,14 +82,17 @@ def assemble(
     start_noise = keyed.independent(depth, seed=seed) if recipe.noise.start == "independent" else None
     used = weights if recipe.consistency.weights == "noise" else None
     guided = recipe.consistency.kind == "gradient" and recipe.consistency.through == "prior"
+    renoise = _renoise(recipe, prior, operator, used)
     return Job(
         operator=operator,
         y=y,
         prior=differentiable(prior) if guided else prior,
         trajectory=trajectory(recipe, prior.scale),
         planes=Axial(depth) if recipe.planes.kind == "axial" else InTurn(tuple(operator.domain.shape)),
-        consistency=_consistency(recipe, prior.scale, spacing_mm, used, depth, seed, operator),
-        renoise=_renoise(recipe, prior),
+        consistency=ScaledProjection(renoise.sigma_y, renoise.rule, recipe.consistency.on)
+        if isinstance(renoise, ScaledRenoise)
+        else _consistency(recipe, prior.scale, spacing_mm, used, depth, seed, operator),
+        renoise=renoise,
         noise=_noise(recipe, operator, spacing_mm, seed),
         start=Start(
             recipe.start.image if start_image is None else start_image,
@@ -152,6 +159,8 @@ def _consistency(
         return Identity(c.on)
     if c.kind == "projection":
         return Projection(c.relax, c.on)
+    if c.kind == "low_pass":
+        return LowPass(keyed.independent(depth, seed=seed), c.factor, c.on)
     if c.kind == "conditional":
         assert weights is not None
         return Conditional(weights, keyed.independent(depth, seed=seed), c.iterations, c.scalars)
@@ -200,23 +209,28 @@ def _em(recipe: Recipe, scale: float) -> OrderedSubsets:
     )
 
 
-def _renoise(recipe: Recipe, prior: Prior) -> Renoise:
+def _renoise(recipe: Recipe, prior: Prior, operator: LinearOperator, weights: Tensor | None) -> Renoise:
+    r, rule = recipe.renoise, _rule(recipe, prior)
+    if recipe.consistency.noise == "scaled":
+        known = spectral(operator)
+        return ScaledRenoise(rule, r.direction, r.snr, r.norms, operator=known, sigma_y=sigma_of(weights))
+    return Renoise(rule, r.direction, r.snr, r.norms)
+
+
+def _rule(recipe: Recipe, prior: Prior) -> Rule:
     r, scale = recipe.renoise, prior.scale
     std = r.prior_std * scale if r.prior_std else None
-    rule: Rule
     if r.kind == "ddim":
-        rule = DDIM(r.eta, r.convention)
-    elif r.kind == "ancestral":
-        rule = Ancestral(r.variance, std)
-    elif r.kind == "em":
-        rule = EulerMaruyama(r.clock, scale)
-    elif r.kind == "heun":
-        rule = Heun()
-    elif r.kind == "rk45":
-        rule = DormandPrince(r.rtol, r.atol * scale, prior.offset, levels(recipe.trajectory, scale)[-1].sigma)
-    else:
-        rule = Full(std, r.amount)
-    return Renoise(rule, r.direction, r.snr, r.norms)
+        return DDIM(r.eta, r.convention)
+    if r.kind == "ancestral":
+        return Ancestral(r.variance, std)
+    if r.kind == "em":
+        return EulerMaruyama(r.clock, scale)
+    if r.kind == "heun":
+        return Heun()
+    if r.kind == "rk45":
+        return DormandPrince(r.rtol, r.atol * scale, prior.offset, levels(recipe.trajectory, scale)[-1].sigma)
+    return Full(std, r.amount)
 
 
 def _noise(recipe: Recipe, operator: LinearOperator, spacing_mm: float, seed: int) -> NoiseKey:

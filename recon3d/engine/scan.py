@@ -1,9 +1,9 @@
 """What a modality brings to the engine. Everything else there knows volumes, operators and priors only.
 
-A modality is one subclass of Scan, in a file of its own (scan_ct.py, scan_mri.py, scan_pet.py): the measurement with
-its noise, the operator and what can go wrong with them, a direct image to look at and to start from, the unit of the
-result, how it is written, and what the data term takes in memory. A second function there makes the scan of a job's
-config from what recon3d.io read.
+A modality is one subclass of Scan, in a file of its own (scan_ct.py, scan_mri.py, scan_pet.py, scan_image.py): the
+measurement with its noise, the operator and what can go wrong with them, a direct image to look at and to start from,
+the unit of the result, how it is written, and what the data term takes in memory. A second function there makes the
+scan of a job's config from what recon3d.io read.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from recon3d.recipes.model import Recipe
 if TYPE_CHECKING:
     from recon3d.engine.events import Events
 
-__all__ = ["DEFAULTS", "Modality", "Pictures", "Scan", "choose_device", "load_scan", "modality_of"]
+__all__ = ["DEFAULTS", "Modality", "Pictures", "Scan", "choose_device", "defaults_of", "load_scan", "modality_of"]
 
-Modality = Literal["ct", "mri", "pet"]
+Modality = Literal["ct", "mri", "pet", "image"]
 
-# recipe and prior of a job that names none
+# recipe and prior of a job that names none; those of an image depend on its unit (scan_image.defaults)
 DEFAULTS: dict[Modality, tuple[str, str]] = {"ct": ("ct", "ct"), "mri": ("mri", "mr"), "pet": ("pet", "pet")}
 
 
@@ -195,9 +195,26 @@ def modality_of(path: str | Path) -> Modality:
     from recon3d.io import describe
 
     found = describe(path)
+    if found["format"].startswith(("NIfTI", "DICOM")):
+        return "image"
     if "coils" in found:
         return "mri"
     return "pet" if "scanner" in found else "ct"
+
+
+def defaults_of(config: JobConfig) -> tuple[str, str]:
+    """Recipe and prior for a job's measurement, where the job names none.
+
+    Raises:
+        BadInput: the measurement cannot be read.
+        ConfigError: it does not say enough.
+    """
+    modality = modality_of(config.input.path)
+    if modality != "image":
+        return DEFAULTS[modality]
+    from recon3d.engine.scan_image import defaults
+
+    return defaults(config)
 
 
 def load_scan(config: JobConfig, events: Events) -> Scan:
@@ -207,8 +224,7 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
         BadInput: the measurement cannot be used.
         ConfigError: a setting does not fit it, or none is named.
     """
-    from recon3d.engine import scan_ct, scan_mri, scan_pet
-    from recon3d.engine.checkpoint import sha256_file
+    from recon3d.engine import scan_ct, scan_image, scan_mri, scan_pet
     from recon3d.io import KSpace, PETData, read_measurement
 
     if not config.input.path:
@@ -217,31 +233,51 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
     path = Path(config.input.path)
     modality = modality_of(path)
     refuse_foreign(config, modality)
+    scan: Scan
+    if modality == "image":
+        scan = scan_image.load(config, device, events)
+        return replace(scan, files=_digests(path))
     measured = read_measurement(path, **config.input.options(modality))
     for sentence in measured.notes:
         events.emit("warning", message=sentence)
-    scan: Scan
     if isinstance(measured, KSpace):
         scan = scan_mri.load(config, measured, device, events)
     elif isinstance(measured, PETData):
         scan = scan_pet.load(config, measured, device, events)
     else:
         scan = scan_ct.load(config, measured, device, events)
+    return replace(scan, files=_digests(path))
+
+
+def _digests(path: Path) -> dict[str, str]:
+    from recon3d.engine.checkpoint import sha256_file
+
     read = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.is_file())
-    return replace(scan, files={str(file): sha256_file(file) for file in read})
+    return {str(file): sha256_file(file) for file in read}
 
 
 def refuse_foreign(config: JobConfig, modality: Modality) -> None:
     """Raise ConfigError when a job sets what has no meaning for its measurement."""
-    kinds = {"ct": "line integrals of a CT scan", "mri": "k-space of an MRI scan", "pet": "counts of a PET scan"}
-    units: dict[Modality, tuple[str, ...]] = {"ct": ("hu", "per_mm"), "mri": (), "pet": ("bq_per_ml", "suv")}
+    kinds = {
+        "ct": "line integrals of a CT scan",
+        "mri": "k-space of an MRI scan",
+        "pet": "counts of a PET scan",
+        "image": "an image",
+    }
+    units: dict[Modality, tuple[str, ...]] = {
+        "ct": ("hu", "per_mm"),
+        "mri": (),
+        "pet": ("bq_per_ml", "suv"),
+        "image": ("hu", "per_mm"),
+    }
     found = [f"input.{name}" for name in config.input.foreign(modality)]
-    if modality == "mri":
+    if modality in ("mri", "image"):
         found += [f"grid.{name}" for name, value in config.grid if value is not None]
     if config.output.unit is not None and config.output.unit not in units[modality]:
         found.append("output.unit" if modality == "mri" else f"output.unit {config.output.unit}")
-    if modality != "ct":
+    if modality not in ("ct", "image"):
         found += ["output.mu_water_per_mm"] if config.output.mu_water_per_mm is not None else []
+    if modality != "ct":
         found += ["noise.photons"] if config.noise.photons is not None else []
     if modality == "pet":
         found += ["noise.sigma"] if config.noise.sigma is not None else []

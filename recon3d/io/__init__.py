@@ -5,7 +5,7 @@ from pathlib import Path
 from recon3d.io.atomic import atomic_write
 from recon3d.io.dicom import DICOMImage, read_dicom
 from recon3d.io.guard import BadInput, Limits
-from recon3d.io.image import read_image, write_activity
+from recon3d.io.image import image_unit, read_image, write_activity
 from recon3d.io.interfile import read_interfile_geometry, write_interfile, write_interfile_image
 from recon3d.io.kspace import KSpace, KSpaceOptions
 from recon3d.io.kspace_layout import write_kspace_hdf5
@@ -36,6 +36,7 @@ __all__ = [
     "demo_volume_path",
     "describe",
     "hu_to_mu",
+    "image_unit",
     "mu_to_hu",
     "read_dicom",
     "read_image",

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recon3d.geometry import VolumeGrid
-from recon3d.io.dicom import is_dicom, read_dicom
+from recon3d.io.dicom import describe_dicom, is_dicom, read_dicom
 from recon3d.io.guard import DEFAULT_LIMITS, Limits, check_file
 from recon3d.io.interfile_header import is_interfile
 from recon3d.io.interfile_image import read_interfile_image, write_interfile_image
-from recon3d.io.nifti import read_nifti, read_nifti_header, write_nifti
+from recon3d.io.nifti import NiftiHeader, read_nifti, read_nifti_header, write_nifti
 from recon3d.io.pet import PETInfo
 
-__all__ = ["read_image", "write_activity"]
+__all__ = ["image_unit", "read_image", "write_activity"]
 
 ImageUnit = Literal["Bq/mL", "SUV", "HU", "1/mm", "1/cm", "au"]
 _WORDS: dict[str, ImageUnit] = {
@@ -28,6 +28,7 @@ _WORDS: dict[str, ImageUnit] = {
     "1/mm": "1/mm",
     "per_mm": "1/mm",
     "1/cm": "1/cm",
+    "au": "au",
 }
 
 
@@ -57,8 +58,26 @@ def read_image(path: str | os.PathLike[str], limits: Limits = DEFAULT_LIMITS) ->
         return volume, grid, "Bq/mL" if info.calibrated else "au"
     header = read_nifti_header(path, limits)
     volume, grid = read_nifti(path, limits=limits)
+    return volume, grid, _written(header) or "au"
+
+
+def image_unit(path: str | os.PathLike[str]) -> str | None:
+    """The unit that an image's headers state, as `read_image` names it; None where they state none.
+
+    Raises:
+        BadInput, ImportError: as `read_image`.
+    """
+    if Path(path).is_dir() or (check_file(path) and is_dicom(path)):
+        unit: str = describe_dicom(path)["unit"]
+        return unit
+    if is_interfile(path):
+        return "Bq/mL" if read_interfile_image(path)[2].calibrated else None
+    return _written(read_nifti_header(path))
+
+
+def _written(header: NiftiHeader) -> str | None:
     words = [w.strip(",;()[]").lower() for w in f"{header.intent} {header.description}".split()]
-    return volume, grid, next((_WORDS[w] for w in words if w in _WORDS), "au")
+    return next((_WORDS[w] for w in words if w in _WORDS), None)
 
 
 def write_activity(

@@ -77,9 +77,10 @@ class TrajectorySection(_Section):
 class ConsistencySection(_Section):
     """How the data enter. With a regulariser, krylov and proximal_cg become ADMM."""
 
-    kind: Literal["none", "krylov", "proximal_cg", "projection", "conditional", "em", "gradient"] = Field(
+    kind: Literal["none", "krylov", "proximal_cg", "projection", "low_pass", "conditional", "em", "gradient"] = Field(
         "proximal_cg",
-        description="em: ordered-subsets expectation maximisation for counts; gradient: one step down the misfit",
+        description="em: ordered-subsets expectation maximisation for counts; gradient: one step down the misfit; "
+        "low_pass: low frequencies of the measured image",
     )
     iterations: int = Field(
         5, ge=1, le=10_000, description="conjugate-gradient iterations, at most; em: subset updates per level"
@@ -97,6 +98,11 @@ class ConsistencySection(_Section):
     weights: Literal["noise", "none"] = Field("noise", description="inverse variances of the noise model, or 1")
     scalars: Literal["auto", "slice", "volume"] = Field("auto", description="step lengths per slice or for the volume")
     relax: float = Field(1.0, gt=0, lt=2, description="projection: step")
+    noise: Literal["ignored", "scaled"] = Field(
+        "ignored",
+        description="projection: data are exact, or each singular component enters as far as its noise allows (images)",
+    )
+    factor: int = Field(4, ge=2, le=64, description="low_pass: frequencies below those of pixels so many times larger")
     on: Literal["estimate", "iterate"] = Field("estimate", description="correct x0, or the noisy state after renoising")
     finish: Literal["none", "sirt"] = Field("none", description="one SIRT step after the last level")
     precondition: Literal["none", "filter"] = Field(
@@ -121,10 +127,10 @@ class ConsistencySection(_Section):
     through: Literal["prior", "state"] = Field(
         "prior", description="gradient: at the estimate and back through the prior, or at the noisy state"
     )
-    step: Literal["curvature", "variance", "objective"] = Field(
+    step: Literal["curvature", "variance", "objective", "norm"] = Field(
         "curvature",
         description="gradient: strength times sigma^2 over 1 + sigma^2 curvature, times the level's loss of variance, "
-        "or over the misfit (published)",
+        "over the misfit (published for counts), or over a slice's root of the misfit (published for images)",
     )
 
 
@@ -249,9 +255,19 @@ class Recipe(_Section):
         if self.consistency.precondition != "none" and self.consistency.kind != "proximal_cg":
             raise ValueError(f"precondition filter needs consistency proximal_cg, got {self.consistency.kind}")
         self._check_flow()
+        if self.consistency.noise == "scaled":
+            self._check_scaled()
         if self.claims == "posterior_sample" and self.noise.kind != "independent":
             raise ValueError("a posterior sample needs independent noise; noise correlated along z changes the law")
         return self
+
+    def _check_scaled(self) -> None:
+        """The shares of data and of fresh noise are worked out together, for steps of one visit."""
+        c, kind = self.consistency, self.renoise.kind
+        if c.kind != "projection" or c.on != "estimate":
+            raise ValueError(f"noise scaled needs consistency projection on the estimate, got {c.kind} on {c.on}")
+        if kind in ("heun", "rk45"):
+            raise ValueError(f"noise scaled needs renoise ddim, ancestral, em or full, got {kind}")
 
     def _check_flow(self) -> None:
         """Heun and Runge-Kutta steps join the slopes of several visits, which must be slopes of one thing."""
