@@ -396,3 +396,60 @@ def test_a_solved_slice_stays_while_its_neighbour_goes_on():
     assert torch.equal(both[:1], alone) and len(calls) == used + 1 and 3 < used <= 25
     residual = (b - spectrum * both).flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)
     assert (residual <= 1e-2).all() or used == 25
+
+
+FLOWS = {"heun": {"renoise__kind": "heun"}, "rk45": {"renoise__kind": "rk45", "renoise__rtol": 0.1}}
+
+
+@pytest.mark.parametrize("name", ["ct", "dds", "ddnm_mri", "sample"])
+@pytest.mark.parametrize("kind", FLOWS)
+def test_a_flow_with_data_resumes_between_any_two_visits(name, kind):
+    """The data term acts at every visit of a step, and a run goes on in the middle of one."""
+    small = {"trajectory__levels": 3, **FLOWS[kind]}
+    whole = reconstruct(a_job(name, **small))
+    job = a_job(name, **small)
+    state = begin(job)
+    for level in run(job, state):
+        if level.index % 3 == 1:
+            saved = dataclasses.replace(state, u=state.u.clone(), duals={k: v.clone() for k, v in state.duals.items()})
+            for _ in run(a_job(name, **small), saved):
+                pass
+            assert torch.equal(saved.u, whole), f"differs when resumed after visit {level.index}"
+    assert whole.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", ["ct", "dds"])
+def test_heun_and_adaptive_steps_end_where_many_euler_steps_do(recipe):
+    """One flow, of the estimate that the data agree with, whichever rule follows it."""
+    solved = {"consistency__iterations": 10, "trajectory__sigma_max": 1.0, "trajectory__levels": 10}
+    euler = {"renoise__kind": "ddim", "renoise__eta": 0.0, "renoise__direction": "corrected"}
+    dense = reconstruct(a_job(recipe, **{**solved, **euler, "trajectory__levels": 150}))
+    coarse = reconstruct(a_job(recipe, **{**solved, **euler}))
+    gaps = [float((coarse - dense).norm() / dense.norm())]
+    for kind in ({"renoise__kind": "heun"}, {"renoise__kind": "rk45", "renoise__rtol": 1e-3, "renoise__atol": 1e-3}):
+        gaps.append(float((reconstruct(a_job(recipe, **solved, **kind)) - dense).norm() / dense.norm()))
+    assert gaps[1] < 0.4 * gaps[0] and gaps[2] < 0.4 * gaps[0], gaps
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("score_mri", {"compat": "published", "renoise__kind": "heun"}, "stale correctors|on estimate"),
+        ("dds", {"consistency__on": "iterate", "renoise__kind": "heun"}, "on estimate"),
+        ("dds_tv", {"renoise__kind": "rk45"}, "without correctors, EM and regularisers"),
+        ("dds", {"trajectory__travel_repeats": 1, "renoise__kind": "heun"}, "time travel"),
+        ("dds", {"trajectory__travel_repeats": 1, "trajectory__correctors": 1}, "plain steps"),
+        ("pet", {"renoise__kind": "heun"}, "same planes"),
+        ("pet_dps", {"consistency__step": "objective", "renoise__kind": "heun"}, "curvature"),
+        ("dds", {"renoise__kind": "rk45", "renoise__rtol": 0.0, "renoise__atol": 0.0}, "cannot both be 0"),
+    ],
+)
+def test_settings_that_do_not_go_together_get_a_sentence(name, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(name, {k.replace("__", "."): v for k, v in overrides.items()}).resolved()
+
+
+def test_time_travel_by_settings():
+    job = a_job("dds", trajectory__levels=9, trajectory__travel_length=4, trajectory__travel_repeats=2)
+    assert len(job.trajectory) == 9 + 2 * 4 * 2
+    assert reconstruct(job).isfinite().all()

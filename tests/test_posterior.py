@@ -10,6 +10,7 @@ from toys import MatrixOperator
 
 from recon3d import noise
 from recon3d.consistency import Identity, Rho, Solve
+from recon3d.dormand_prince import Adaptive, DormandPrince
 from recon3d.engine.assemble import assemble
 from recon3d.engine.loop import Job, reconstruct
 from recon3d.geometry import ParallelBeam, VolumeGrid
@@ -17,9 +18,9 @@ from recon3d.operators.ct import CTOperator
 from recon3d.planes import Axial
 from recon3d.priors.gaussian import GaussianPrior, cosine_basis, power_law
 from recon3d.recipes import load_recipe, recipe_names
-from recon3d.renoise import DDIM, Ancestral, Full, Renoise
+from recon3d.renoise import DDIM, Ancestral, EulerMaruyama, Full, Heun, Renoise
 from recon3d.testing import Posterior, check_adjoint, check_posterior, check_prior, dense, gaussian_posterior
-from recon3d.trajectory import descend, karras
+from recon3d.trajectory import descend, geometric, karras
 
 ROWS, COLUMNS = 5, 6
 N = 4000
@@ -107,13 +108,27 @@ def test_the_default_estimates_the_posterior_mean():
     assert errors[80] < 0.02 and errors[80] < errors[10], errors
 
 
-@pytest.mark.parametrize("rule", [DDIM(0.0), DDIM(1.0), Ancestral("prior", 0.6)], ids=str)
-def test_white_prior_is_sampled_in_one_pass(rule):
+FLOW = DormandPrince(1e-3, 1e-3, MEAN, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("rule", "trajectory"),
+    [
+        (DDIM(0.0), descend(karras(250, 10.0, 0.02))),
+        (DDIM(1.0), descend(karras(250, 10.0, 0.02))),
+        (Ancestral("prior", 0.6), descend(karras(250, 10.0, 0.02))),
+        (EulerMaruyama("ve"), descend(geometric(150, 10.0, 0.02))),
+        (Heun(), descend(karras(30, 10.0, 0.02), heun=True)),
+        (FLOW, Adaptive(10.0, 0.02)),
+    ],
+    ids=lambda part: type(part).__name__,
+)
+def test_white_prior_is_sampled_in_one_pass(rule, trajectory):
     """With a white prior 1/r^2 = 1/sigma^2 + 1/prior_std^2 makes the proximal step E[x0 | u, y]: any rule samples."""
     prior = white()
     operator, y, weights, posterior = scanner(prior)
     job = Job(
-        operator, y, prior, descend(karras(250, 10.0, 0.02)), Axial(N, N),
+        operator, y, prior, trajectory, Axial(N, N),
         Solve(12, rho=Rho("bayes", 1.0, prior_std=0.6), weights=weights), Renoise(rule, "corrected"),
         noise.independent(N, seed=3),
     )  # fmt: skip
