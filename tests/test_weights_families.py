@@ -639,6 +639,26 @@ def test_a_guided_pet_model_wants_its_condition_told(tmp_path):
     assert prior.denoise(u, 0.5, torch.zeros(1, 1, 8, 8)).shape == u.shape
 
 
+@pytest.mark.parametrize("kept", ["named", "numbered", "list", "object"])
+def test_averages_in_one_file_with_the_model_are_restored_by_order(kept, tmp_path):
+    state = pet_files(tmp_path)
+    ema = {
+        "named": state,
+        "numbered": {str(k): t for k, t in enumerate(state.values())},
+        "list": list(state.values()),
+        "object": {
+            "decay": 0.999,
+            "num_updates": 7,
+            "shadow_params": {str(k): t for k, t in enumerate(state.values())},
+        },
+    }[kept]
+    model = {f"module.{name}": t + 1 for name, t in state.items()}
+    torch.save({"model": model, "ema": ema, "epoch": 3}, tmp_path / "last.pt")
+    found = inspect(tmp_path / "last.pt", head_channels=None, heads=4)
+    assert torch.equal(found.tensors["time_embed.0.bias"], state["time_embed.0.bias"])
+    assert torch.equal(found.tensors["out.2.bias"], -state["out.2.bias"])
+
+
 def test_averages_without_their_model_are_named(tmp_path):
     pet_files(tmp_path)
     (tmp_path / "model.pt").unlink()
@@ -647,6 +667,53 @@ def test_averages_without_their_model_are_named(tmp_path):
 
 
 # ---------------------------------------------------------------- damage
+
+
+def test_files_beside_the_weights_may_hold_anything(tmp_path):
+    """Values of every kind in every place: a model, or a sentence; never another error, never a long wait."""
+    model, export = tmp_path / "model", tmp_path / "net.safetensors"
+    unet2d_folder(model, DIFFUSERS["plain"], scheduler=DDPM)
+    edm_export(export, EDM["DDPM++"])
+    strange = [
+        None,
+        True,
+        -1,
+        0,
+        1e300,
+        10**30,
+        math.inf,
+        math.nan,
+        "x",
+        "",
+        [],
+        [[]],
+        ["DownBlock2D", {}],
+        {},
+        {"a": 1},
+    ]
+    files = {
+        model / "config.json": (model, {*DIFFUSERS["former"], "time_embedding_dim", "add_attention", "mid_block_type"}),
+        model / "scheduler_config.json": (model, {*DDPM, "prediction_type", "num_train_timesteps", "trained_betas"}),
+        export.with_suffix(".json"): (export, {"format", "class", "sigma_data", "sigma_min", "sigma_max", "M", "init"}),
+    }
+    refused = 0
+    for file, (path, keys) in files.items():
+        whole = json.loads(file.read_text())
+        for key in sorted(keys):
+            for value in strange:
+                file.write_text(json.dumps({**whole, key: value}))
+                try:
+                    found = inspect(path)
+                    assert found.parameters > 0
+                except BadInput as error:
+                    refused += 1
+                    assert "\n" not in str(error)
+        for text in ("", "[", "null", "7", '"x"', "[" * 100_000):
+            file.write_text(text)
+            with pytest.raises(BadInput):
+                inspect(path)
+        file.write_text(json.dumps(whole))
+    assert refused > 300
 
 
 def published(family, folder, change=dict):

@@ -79,9 +79,14 @@ class VP:
     _log_sigma: tuple[float, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.steps != int(self.steps) or self.steps < 2 or not 0 < self.beta_min <= self.beta_max < 1:
+        # a table is made of them
+        if (
+            not 2 <= self.steps <= 100_000
+            or self.steps != int(self.steps)
+            or not 0 < self.beta_min <= self.beta_max < 1
+        ):
             raise ValueError(
-                "VP: need steps >= 2 and 0 < beta_min <= beta_max < 1, "
+                "VP: need whole steps from 2 to 100000 and 0 < beta_min <= beta_max < 1, "
                 f"got {self.steps}, {self.beta_min}, {self.beta_max}"
             )
         if self.schedule not in ("linear", "scaled_linear", "cosine"):

@@ -83,7 +83,7 @@ def edm_script() -> str:
 class _EDMExport(BaseModel):
     """What `edm_script` says of a network: the class it was trained inside of, and that class's numbers."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     format: Literal["recon3d-edm/1"]
     kind: Literal["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"] = Field(alias="class")
@@ -100,13 +100,19 @@ class _EDMExport(BaseModel):
 
 def _edm(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options, card) of an EDM network."""
+    hint = "write it with the export script"
     try:
-        said = _EDMExport.model_validate(_json(path))
+        return _preconditioned(_EDMExport.model_validate(_json(path)))
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(
-            path, f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}", "write it with the export script"
-        ) from None
+        raise BadInput(path, f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}", hint) from None
+    except (ValueError, ArithmeticError) as error:  # numbers that make no noise path
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(path, str(error), hint) from None
+
+
+def _preconditioned(said: _EDMExport) -> tuple[dict[str, Any], dict[str, Any]]:
     if said.kind == "VPPrecond":
         schedule = {"beta_min": said.beta_min, "beta_max": said.beta_min + said.beta_d}
         return {"called": "vp", "vp_steps": said.M}, noise_fields("vp_continuous", schedule, "eps")
@@ -139,10 +145,10 @@ def _diffusers(folder: Path) -> Published:
         scheduler = _json(said)
         try:
             card = _scheduled(scheduler)
-        except (TypeError, ValueError) as error:
+            if card["path"] == "flow":
+                options["time_scale"] = float(scheduler.get("num_train_timesteps", 1000))
+        except (TypeError, ValueError, ArithmeticError) as error:
             raise BadInput(said, str(error), "name --schedule and --prediction and move this file away") from None
-        if card["path"] == "flow":
-            options["time_scale"] = float(scheduler.get("num_train_timesteps", 1000))
     return Published({_renamed(name): t for name, t in weights_of(weights).items()}, options, card)
 
 
@@ -157,10 +163,10 @@ def _scheduled(said: dict[str, Any]) -> dict[str, Any]:
         return noise_fields("flow", {}, "flow")
     if "beta_schedule" not in said:
         raise ValueError(f"scheduler {name or 'without a name'} has no beta_schedule, and no other kind is known here")
-    if said["beta_schedule"] not in _SCHEDULES:
+    if said["beta_schedule"] not in tuple(_SCHEDULES):
         raise ValueError(f"beta_schedule {said['beta_schedule']!r} is not known; known are {', '.join(_SCHEDULES)}")
     kind = said.get("prediction_type", "epsilon")
-    if kind not in _PREDICTIONS:
+    if kind not in tuple(_PREDICTIONS):
         raise ValueError(f"prediction_type {kind!r} is not known; known are {', '.join(_PREDICTIONS)}")
     if said.get("trained_betas") is not None:
         raise ValueError("trained_betas lists every beta, which is not known here")

@@ -46,8 +46,9 @@ def _score_sde(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     # noise levels are a table beside the weights
     model = {name: t for name, t in tensors_of(content["model"], path).items() if name != "sigmas"}
     ema = content["ema"]
-    averages = ema.get("shadow_params") if isinstance(ema, Mapping) else None
-    return _averaged(model, averages, "ema.shadow_params", path)
+    if isinstance(ema, Mapping) and "shadow_params" in ema:
+        return _averaged(model, ema["shadow_params"], "ema.shadow_params", path)
+    return _averaged(model, ema, "ema", path)
 
 
 def _beside_model(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
@@ -58,7 +59,9 @@ def _beside_model(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
 
 
 def _averaged(model: dict[str, Tensor], averages: Any, where: str, path: Path) -> dict[str, Tensor]:
-    """The model's tensors with the trained ones replaced, in order, by their averages."""
+    """The model's tensors with the trained ones replaced by their averages: by order, whatever those are called."""
+    if isinstance(averages, Mapping):
+        averages = list(averages.values())
     if not isinstance(averages, Sequence) or not all(isinstance(t, Tensor) for t in averages):
         raise BadInput(path, f"{where} is not a list of tensors", "a checkpoint of a score model is expected")
     trained = [name for name in model if name != _UNTRAINED]

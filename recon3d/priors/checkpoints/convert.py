@@ -189,7 +189,7 @@ def _config(family: Family, tensors: Tensors, published: Published, options: Map
         where = ".".join(map(str, first["loc"]))
         why = f"its shapes make no {family.title} network ({where}: {first['msg']})"
         raise BadInput(path, why, "is it the right file?") from None
-    except (ValueError, IndexError) as error:
+    except (ValueError, TypeError, IndexError, ArithmeticError) as error:
         raise BadInput(path, str(error), "the names of a published checkpoint are expected") from None
 
 

@@ -202,6 +202,7 @@ _KNOWN: dict[str, tuple[Any, ...]] = {
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
 }
+_MOST_LEVELS = 10
 _BLOCKS = ("DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D")
 
 
@@ -221,12 +222,12 @@ def _settings(shapes: Mapping[str, Shape]) -> dict[str, Any]:
         return shapes[name]
 
     def count(stem: str) -> int:
-        k = 0
-        while any(name.startswith(f"{stem}.{k}.") for name in shapes):
-            k += 1
-        return k
+        numbers = {name[len(stem) + 1 :].partition(".")[0] for name in shapes if name.startswith(stem + ".")}
+        return next(k for k in range(len(numbers) + 1) if str(k) not in numbers)
 
     levels = count("down_blocks")
+    if levels > _MOST_LEVELS:
+        raise ValueError(f"{levels} down_blocks make no network of images; at most {_MOST_LEVELS} levels are known")
     widths = [shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)]
     scale_shift = shape("down_blocks.0.resnets.0.time_emb_proj.weight")[0] == 2 * widths[0]
     middle = any(name.startswith("mid_block.") for name in shapes)
