@@ -32,7 +32,8 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 MRI_PEERS = ("finufft", "cufinufft", "ducc0", "mrpro", "sigpy", "torchkbnufft", "deepinv", "scipy")
-PEERS = {"nufft": MRI_PEERS, "sense": MRI_PEERS, "pet": (), "job_pet": ()}  # packages whose versions a row tells
+# packages whose versions a row tells
+PEERS = {"nufft": MRI_PEERS, "sense": MRI_PEERS, "pet": (), "job_pet": (), "network": ()}
 Thunk = Callable[[], object]
 K = TypeVar("K", bound=Hashable)
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench import _common, _goals, _nufft_rivals, job_pet, nufft, pet
+from bench import _common, _goals, _nufft_rivals, job_pet, network, nufft, pet
 from bench._common import Gate, Refused, compare
 from recon3d.geometry import scanner
 from recon3d.ops import joseph3d
+from recon3d.priors import load_prior
 
 
 def rows(error=0.0):
@@ -152,3 +153,24 @@ def test_goals_of_pet_name_cases_that_are_timed():
     words = {make(tof, True, few=True).words for tof in (None, pet.TIME) for make in (pet.small_scanner, pet.list_mode)}
     assert words <= {goal.case for goal in pet.wanted(quick=True)}
     assert all(goal.must <= goal.want for quick in (True, False) for goal in pet.wanted(quick))
+
+
+def test_operations_of_a_network_are_two_for_each_multiply_and_add():
+    case = network.Case("toy", 32, 1, lambda dtype, how: load_prior("ct", "cpu", dtype, compile=how))
+    net, counted = case.build("float32", "off")._net, []
+
+    def count(layer, inputs, out):
+        pixels = out.shape[-1] * out.shape[-2] if out.ndim == 4 else 1
+        counted.append(2 * layer.weight.numel() * pixels * len(out))
+
+    for layer in net.modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.register_forward_hook(count)
+    net(torch.zeros(1, 1, 32, 32), torch.zeros(1))
+    assert network._operations(case, case.state("cpu")) == sum(counted)
+
+
+def test_shares_of_the_peak_go_by_processor_time_on_a_cpu():
+    mine, floor = _common.Measured(20.0, 4.0), _common.Measured(1.0, 1.0)
+    row = _common.pair("network", "ct", "float32, as it is", mine, "floor at 200 GFLOP/s", floor)
+    assert "ct, float32, as it is: 25 % of 200 GFLOP/s" in network.summary([row])
