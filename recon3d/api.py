@@ -39,6 +39,7 @@ from recon3d.engine.memory import peak_resident_bytes
 from recon3d.engine.montecarlo import Kept, Uncertainty, draw
 from recon3d.engine.problem import Problem, load_problem
 from recon3d.engine.scan import Scan, choose_device, defaults_of, digest
+from recon3d.engine.scan_convert import prepare as prepare_conversion
 from recon3d.engine.scan_ct import CTScan
 from recon3d.engine.scan_image import Degradation
 from recon3d.engine.scan_image import prepare as prepare_image
@@ -52,7 +53,10 @@ from recon3d.priors.base import Prior
 from recon3d.real_view import real_view
 from recon3d.recipes import Recipe, load_recipe, recipe_from
 
-__all__ = ["Problem", "Result", "enhance", "plan_job", "reconstruct", "reconstruct_mri", "reconstruct_pet", "run_job"]
+__all__ = [
+    "Problem", "Result", "convert_modality", "enhance", "plan_job", "reconstruct", "reconstruct_mri", "reconstruct_pet",
+    "run_job",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -397,6 +401,64 @@ def enhance(
     return _execute(
         problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
     )
+
+
+def convert_modality(
+    image: Tensor | NDArray[np.floating],
+    grid: VolumeGrid,
+    prior: str | Path | Prior,
+    recipe: str | Recipe = "sample",
+    *,
+    slices: tuple[int, int] | None = None,
+    seed: int = 0,
+    samples: int = 1,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    accept_mismatch: bool = False,
+    folder: str | Path | None = None,
+    schedule: Schedule | None = None,
+    output: OutputConfig | None = None,
+    force: bool = False,
+    listeners: tuple[Listener, ...] = (),
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Draw an image of another modality with a prior that is shown this one, such as CT from MR; nothing is measured.
+
+    Args:
+        image: [z, y, x] of the kind that the prior's card names as its condition.
+        grid: its grid, and that of the result.
+        prior: the folder of a conditional prior, or any object with `denoise`, `offset`, `scale` and such a card.
+        recipe: "sample", a YAML file, or a Recipe.
+        slices: first and end of those to convert; what scales the image is still taken from all of it.
+        seed, samples, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop:
+            as in `reconstruct`.
+
+    Returns:
+        The volume in the unit of the prior's card; of several samples, their mean and spread.
+
+    Raises:
+        ValueError: the image is no volume on the grid, holds NaN or is constant, or the prior takes no condition.
+        NonFiniteError, ResourceError: as `reconstruct`.
+    """
+    place = choose_device(device)
+    denoiser = _prior(prior, place)
+    water = (output or OutputConfig()).mu_water_per_mm or MU_WATER_PER_MM
+    problem = Problem(
+        scan=prepare_conversion(image, grid, denoiser.card, slices=slices, mu_water_per_mm=water, device=place),
+        recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),
+        prior=denoiser,
+        seed=seed,
+        accept_mismatch=accept_mismatch,
+    )
+    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "seed": seed}
+    compute = ComputeConfig(batch_size=batch_size, workers=workers)
+    run = None if folder is None else RunFolder(folder)
+    text = yaml.safe_dump(meaning, sort_keys=False)
+    return _execute(
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
+        samples,
+    )  # fmt: skip
 
 
 def run_job(

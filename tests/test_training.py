@@ -442,6 +442,8 @@ def test_the_packaged_configurations_read():
         1.0,
     )
     assert Path(config.data.validation).name == "pet_extremity_sts036.nii.gz"
+    config = TrainConfig.load(CHECKOUT / "docs" / "train_mr_to_ct.yaml")
+    assert config.cond_channels == 1 and Path(config.data.validation).name == "ct_extremity_sts036.nii.gz"
 
 
 # ---------------------------------------------------------------- the run

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recon3d.cli import enhanced, tools, weights
+from recon3d.cli import converted, enhanced, tools, weights
 
 if TYPE_CHECKING:
     from recon3d.api import Result
@@ -122,6 +122,7 @@ def info(file: Annotated[Path | None, typer.Argument(help="Describe this file or
 
 
 app.command()(enhanced.enhance)
+app.command()(converted.convert_modality)
 tools.add_to(app)
 app.add_typer(weights.app)
 

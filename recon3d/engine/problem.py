@@ -14,7 +14,7 @@ from recon3d.config import ConfigError, JobConfig, validate
 from recon3d.engine.clock import Timed
 from recon3d.engine.events import Events
 from recon3d.engine.scan import Scan, load_scan
-from recon3d.priors.base import Prior, check_plane, condition_volume
+from recon3d.priors.base import Prior, check_plane
 from recon3d.recipes.model import Recipe
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Problem:
         from recon3d.engine.assemble import assemble
 
         scan, weights = self.scan, self.scan.weights()
+        cond = scan.condition(getattr(self.prior, "card", None))
         denoiser, image = self._fitted
         return assemble(
             self.recipe,
@@ -89,16 +90,8 @@ class Problem:
             weights=None if weights is None else weights.to(scan.device),
             seed=self.seed,
             start_image=image,
-            cond=self._condition(),
+            cond=None if cond is None else cond.to(scan.device),
         )
-
-    def _condition(self) -> Tensor | None:
-        card, guide = getattr(self.prior, "card", None), self.scan.guide
-        if guide is None:
-            return None
-        if card is not None and card.condition is not None:
-            guide = condition_volume(card, guide)
-        return guide.to(self.scan.device)
 
     def prior_digest(self) -> str:
         """Digest of the prior: of its weights and card, or of its description when it has none; and of its scale."""

@@ -1,6 +1,7 @@
 """What a modality brings to the engine. Everything else there knows volumes, operators and priors only.
 
-A modality is one subclass of Scan, in a file of its own (scan_ct.py, scan_mri.py, scan_pet.py, scan_image.py): the
+A modality is one subclass of Scan, in a file of its own (scan_ct.py, scan_mri.py, scan_pet.py, scan_image.py,
+scan_convert.py): the
 measurement with its noise, the operator and what can go wrong with them, a direct image to look at and to start from,
 the unit of the result, how it is written, and what the data term takes in memory. A second function there makes the
 scan of a job's config from what recon3d.io read.
@@ -23,7 +24,7 @@ from recon3d.config import ConfigError, JobConfig, OutputConfig
 from recon3d.geometry import VolumeGrid
 from recon3d.operators.base import LinearOperator
 from recon3d.operators.noise import NoiseModel
-from recon3d.priors.base import ModelCard, Prior
+from recon3d.priors.base import ModelCard, Prior, condition_volume
 from recon3d.recipes.model import Recipe
 
 if TYPE_CHECKING:
@@ -111,6 +112,12 @@ class Scan(ABC):
             recipe: resolved; tells the start image.
         """
         return prior, None
+
+    def condition(self, card: ModelCard | None) -> Tensor | None:
+        """The guide in the values that a conditional prior's card asks for; as it is for other priors."""
+        if self.guide is None or card is None or card.condition is None:
+            return self.guide
+        return condition_volume(card, self.guide)
 
     def prior_mismatch(self, card: ModelCard) -> str | None:
         """One sentence when a prior is for other images than this scan's, beyond its plane and spacing."""
@@ -224,7 +231,7 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
         BadInput: the measurement cannot be used.
         ConfigError: a setting does not fit it, or none is named.
     """
-    from recon3d.engine import scan_ct, scan_image, scan_mri, scan_pet
+    from recon3d.engine import scan_convert, scan_ct, scan_image, scan_mri, scan_pet
     from recon3d.io import KSpace, PETData, read_measurement
 
     if not config.input.path:
@@ -235,7 +242,8 @@ def load_scan(config: JobConfig, events: Events) -> Scan:
     refuse_foreign(config, modality)
     scan: Scan
     if modality == "image":
-        scan = scan_image.load(config, device, events)
+        made = scan_convert.load if config.input.operator == "none" else scan_image.load
+        scan = made(config, device, events)
         return replace(scan, files=_digests(path))
     measured = read_measurement(path, **config.input.options(modality))
     for sentence in measured.notes:

@@ -313,7 +313,9 @@ def defaults(config: JobConfig) -> tuple[str, str]:
         ConfigError: neither the file nor the job states the image's unit.
     """
     if config.input.operator == "none":
-        raise ConfigError("input.operator none: the prior alone decides; name a recipe and a prior")
+        if config.prior is None:
+            raise ConfigError("input.operator none: the prior alone decides; name a conditional prior")
+        return "sample", config.prior
     recipe = "ddnm" if config.noise.kind == "none" else "ddnm_plus"
     return recipe, config.prior or ("mr" if _stated(config, Path(config.input.path)) == "au" else "ct")
 

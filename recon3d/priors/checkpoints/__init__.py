@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from recon3d.priors.checkpoints.folder import build_network, read_folder, write_folder
+from recon3d.priors.checkpoints.folder import build_network, read_card, read_folder, write_folder
 
-__all__ = ["build_network", "read_folder", "write_folder"]
+__all__ = ["build_network", "read_card", "read_folder", "write_folder"]

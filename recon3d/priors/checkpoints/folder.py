@@ -19,11 +19,27 @@ from recon3d.priors.base import ModelCard
 from recon3d.priors.checkpoints.atomic import write_safetensors, write_text
 from recon3d.priors.networks import FAMILIES, Network
 
-__all__ = ["build_network", "read_folder", "write_folder"]
+__all__ = ["build_network", "read_card", "read_folder", "write_folder"]
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
 _MAX_CARD_BYTES = 1 << 20
 _MAX_WEIGHT_BYTES = 4 << 30  # the largest published 2D priors have 1.5 GB
+
+
+def read_card(folder: str | Path) -> ModelCard:
+    """The card of a prior folder; its weights are not touched.
+
+    Raises:
+        BadInput: the card is missing, too large or malformed.
+    """
+    folder = Path(folder)
+    text = _read(folder / CARD, _MAX_CARD_BYTES)
+    try:
+        return ModelCard.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise BadInput(folder / CARD, f"{where}: {first['msg']}", "write the card with recon3d train") from None
 
 
 def read_folder(folder: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
@@ -36,13 +52,7 @@ def read_folder(folder: str | Path) -> tuple[ModelCard, dict[str, Tensor]]:
     from safetensors.torch import load
 
     folder = Path(folder)
-    text = _read(folder / CARD, _MAX_CARD_BYTES)
-    try:
-        card = ModelCard.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise BadInput(folder / CARD, f"{where}: {first['msg']}", "write the card with recon3d train") from None
+    card = read_card(folder)
     content = _read(folder / WEIGHTS, _MAX_WEIGHT_BYTES)
     if card.sha256 is None:
         raise BadInput(folder / CARD, "sha256 is missing", f"add the SHA-256 of {WEIGHTS}")
