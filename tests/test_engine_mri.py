@@ -231,7 +231,7 @@ def test_memory_and_time_are_told_for_complex_volumes():
     prepared = prepare(kspace_of(y, mask, maps, GRID), noise=GaussianNoise(SIGMA))
     problem = Problem(scan=prepared, recipe=load_recipe("mri"), prior=mri_jobs.magnitude_prior())
     found = plan.predict(problem, ComputeConfig(workers=1), picture=True)
-    assert found.seconds > 0 and found.levels == len(plan._levels(problem))
+    assert found.seconds > 0 and found.levels == plan._visits(problem)
     assert plan._phases(problem, 0, picture=False)["prior"]["volumes"] == 3 * 8 * np.prod(GRID.shape)
 
 

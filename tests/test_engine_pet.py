@@ -207,7 +207,7 @@ def test_memory_and_time_are_told_without_projecting_everything():
     small = {"start.subsets": SUBSETS, "consistency.subsets": SUBSETS}
     problem = Problem(scan=start, recipe=load_recipe("pet", small), prior=prior())
     found = plan.predict(problem, ComputeConfig(workers=1), picture=True)
-    assert found.seconds > 0 and found.levels == len(plan._levels(problem))
+    assert found.seconds > 0 and found.levels == plan._visits(problem)
     assert plan._projections(load_recipe("pet_dds")) == pytest.approx(5 / 28)
     guided = Problem(scan=start, recipe=load_recipe("pet_dps", small), prior=prior())
     assert plan.predict(guided, ComputeConfig(workers=1)).seconds_by["network"] > 0

@@ -24,10 +24,10 @@ from recon3d.dormand_prince import Adaptive, DormandPrince
 from recon3d.engine.loop import Executor, InProcess, Job, Start
 from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
-from recon3d.planes import Axial, InTurn
+from recon3d.planes import PLANES, Averaged, Axial, InTurn, Neighbours, Planes
 from recon3d.priors.base import Prior, differentiable
 from recon3d.priors.paths import VP
-from recon3d.recipes.model import Recipe, TrajectorySection
+from recon3d.recipes.model import PlanesSection, Recipe, TrajectorySection
 from recon3d.regularisers import TVz
 from recon3d.renoise import DDIM, Ancestral, EulerMaruyama, Full, Heun, Renoise, Rule
 from recon3d.trajectory import (
@@ -42,7 +42,7 @@ from recon3d.trajectory import (
     vp_times,
 )
 
-__all__ = ["assemble", "levels", "trajectory"]
+__all__ = ["assemble", "levels", "planes", "trajectory"]
 
 
 def assemble(
@@ -88,7 +88,7 @@ def assemble(
         y=y,
         prior=differentiable(prior) if guided else prior,
         trajectory=trajectory(recipe, prior.scale),
-        planes=Axial(depth) if recipe.planes.kind == "axial" else InTurn(tuple(operator.domain.shape)),
+        planes=planes(recipe.planes, tuple(operator.domain.shape), prior, seed),
         consistency=ScaledProjection(renoise.sigma_y, renoise.rule, recipe.consistency.on)
         if isinstance(renoise, ScaledRenoise)
         else _consistency(recipe, prior.scale, spacing_mm, used, depth, seed, operator),
@@ -104,6 +104,20 @@ def assemble(
         executor=executor or InProcess(),
         cond=cond,
     )
+
+
+def planes(section: PlanesSection, shape: tuple[int, ...], prior: Prior, seed: int) -> Planes:
+    """The slices of a volume that a prior sees, in groups where its card says so."""
+    singles: Planes
+    if section.kind == "axial":
+        singles = Axial(shape[0])
+    elif section.kind == "averaged":
+        singles = Averaged(shape)
+    else:
+        order = section.order if section.kind == "in_turn" else [section.kind]
+        singles = InTurn(shape, tuple(PLANES[plane] for plane in order), section.second_every, seed)
+    slices = getattr(getattr(prior, "card", None), "slices", 1)
+    return singles if slices == 1 else Neighbours(singles, shape, slices, seed, section.overlap)
 
 
 def trajectory(recipe: Recipe, scale: float) -> Trajectory:

@@ -249,7 +249,8 @@ def _consistent(job: Job, x: Tensor, level: Level, state: State, views: Sequence
         u = state.u
 
         def pull(v: Tensor) -> Tensor:
-            return job.executor.pull(job.prior, job.planes, u, views, level.sigma, v, level=level.index, cond=job.cond)
+            planes = job.planes.pulling(v)
+            return job.executor.pull(job.prior, planes, u, views, level.sigma, v, level=level.index, cond=job.cond)
 
         x = job.consistency.guide(x, job.y, job.operator, level, state.duals, Visit(u, pull))
     else:

@@ -9,6 +9,7 @@ projector calls; other work on the machine changes it.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from recon3d.config import ComputeConfig
 from recon3d.engine.executor import Executor, usable_cores
 from recon3d.engine.memory import available_bytes, peak_above, resident_bytes, trim
 from recon3d.priors.base import differentiable
-from recon3d.trajectory import expected_visits
+from recon3d.trajectory import Level, expected_visits
 
 if TYPE_CHECKING:
     from recon3d.engine.problem import Problem
@@ -139,8 +140,8 @@ def predict(
     workers = compute.workers or usable_cores()
     batch = compute.batch_size or (8 if cuda else workers)
     flight = min(batch if cuda else min(batch, workers), problem.scan.grid.shape[0])
-    levels = _visits(problem)
-    activations, seconds_by = _probe(problem, compute, flight, workers, probe, levels * samples)
+    visits = _visits(problem)
+    activations, seconds_by = _probe(problem, compute, flight, workers, probe, visits * samples)
     trim()  # what reading and the probe left behind is not the job's
     resident = resident_bytes()
     phases = _phases(problem, activations, picture and not cuda)
@@ -162,7 +163,7 @@ def predict(
         device_bytes=device_bytes,
         parts=parts,
         seconds=seconds,
-        levels=levels,
+        levels=visits,
         device=problem.scan.device.type,
         available=available_bytes(),
         device_available=free,
@@ -212,22 +213,59 @@ def _add_samples(phases: dict[str, dict[str, int]], problem: Problem, disk: bool
 
 
 def _probe(
-    problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, levels: int
+    problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, visits: int
 ) -> tuple[int, dict[str, float]]:
-    """Bytes of activations with `flight` slices at once and, when `timed`, estimated seconds by part."""
+    """Bytes of activations with `flight` views at once and, when `timed`, estimated seconds by part."""
+    scan, recipe = problem.scan, problem.recipe.resolved()
+    activations, network = 0, 0.0
+    for axis, calls in _calls(problem, visits).items():
+        size, seconds = _probe_prior(problem, compute, flight, workers, timed, axis)
+        activations, network = max(activations, size), network + seconds * calls
+    part, share = scan.sample(flight)
+    operator = part.operator()
+    x = torch.full(part.grid.shape, problem.denoiser.offset, dtype=scan.dtype, device=scan.device)
+    y = operator(x)
+    with suppress(NotImplementedError):  # a part of the views has no direct inverse
+        operator.pinv(y)  # the first call loads kernels and tables, which then count as the process's
+    operator.residual(x, y)
+    operator.normal(x)
+    if not timed:
+        return activations, {}
+    start = time.perf_counter()
+    operator.normal(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    whole = (time.perf_counter() - start) / share
+    return activations, {"network": network, "projector": whole * visits * _projections(recipe)}
+
+
+def _calls(problem: Problem, visits: int) -> Counter[int]:
+    """How many views the prior is asked about, by the axis that they lie across."""
+    from recon3d.engine.assemble import planes
+
+    seen = planes(problem.recipe.resolved().planes, problem.scan.grid.shape, problem.denoiser, problem.seed)
+    levels = (Level(k, 1.0, 0.0, False) for k in range(visits))  # which slices are seen goes by the index alone
+    return Counter(view.axis for level in levels for view in seen.views(level))
+
+
+def _probe_prior(
+    problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, axis: int
+) -> tuple[int, float]:
+    """Bytes of activations with `flight` views at once and, when `timed`, seconds of one, for views across an axis."""
     scan, prior = problem.scan, differentiable(problem.denoiser)
-    recipe = problem.recipe.resolved()
-    guided = recipe.consistency.kind == "gradient" and recipe.consistency.through == "prior"
-    nz, ny, nx = scan.grid.shape
+    consistency = problem.recipe.resolved().consistency
+    guided = consistency.kind == "gradient" and consistency.through == "prior"
+    rows, columns = (n for k, n in enumerate(scan.grid.shape) if k != axis)
     device, sigma = scan.device, prior.scale
-    x = torch.full((flight, ny, nx), prior.offset, dtype=scan.dtype, device=device)
+    stack = _Stack(getattr(getattr(prior, "card", None), "slices", 1))
+    x = torch.full((flight * stack.slices, rows, columns), prior.offset, dtype=scan.dtype, device=device)
     views = list(range(flight))
     cond = None if scan.guide is None else torch.zeros_like(x)
 
     def visit(executor: Executor) -> None:
-        executor.denoise(prior, _Rows(), x, views, sigma, cond=cond)
+        executor.denoise(prior, stack, x, views, sigma, cond=cond)
         if guided:
-            executor.pull(prior, _Rows(), x, views, sigma, x, cond=cond)
+            executor.pull(prior, stack, x, views, sigma, x, cond=cond)
 
     with Executor(compute.batch_size, workers) as executor:
         if device.type == "cuda":
@@ -244,21 +282,7 @@ def _probe(
             executor.seconds = 0.0
             visit(executor)
             network = executor.seconds / flight
-    part, share = scan.sample(flight)
-    operator, x = part.operator(), x.new_full((part.grid.shape), prior.offset)
-    y = operator(x)
-    with suppress(NotImplementedError):  # a part of the views has no direct inverse
-        operator.pinv(y)  # the first call loads kernels and tables, which then count as the process's
-    operator.residual(x, y)
-    operator.normal(x)
-    if not timed:
-        return activations, {}
-    start = time.perf_counter()
-    operator.normal(x)
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
-    whole = (time.perf_counter() - start) / share
-    return activations, {"network": network * nz * levels, "projector": whole * levels * _projections(recipe)}
+    return activations, network
 
 
 def _projections(recipe: Recipe) -> float:
@@ -269,14 +293,17 @@ def _projections(recipe: Recipe) -> float:
     return c.iterations + 1
 
 
-class _Rows:
-    """The first rows of a stack as views, for the probe."""
+@dataclass(frozen=True)
+class _Stack:
+    """Views of so many slices each from a stack, for the probe."""
+
+    slices: int
 
     def gather(self, u: Tensor, view: int) -> Tensor:
-        return u[view][None, None]
+        return u[view * self.slices : (view + 1) * self.slices][None]
 
     def scatter(self, out: Tensor, x0: Tensor, view: int) -> None:
-        out[view] = x0[0, 0]
+        out[view * self.slices : (view + 1) * self.slices] = x0[0]
 
 
 def _visits(problem: Problem) -> int:

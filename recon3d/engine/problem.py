@@ -14,7 +14,7 @@ from recon3d.config import ConfigError, JobConfig, validate
 from recon3d.engine.clock import Timed
 from recon3d.engine.events import Events
 from recon3d.engine.scan import Scan, load_scan
-from recon3d.priors.base import Prior, check_plane
+from recon3d.priors.base import Prior, check_planes
 from recon3d.recipes.model import Recipe
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Problem:
                 )
             mismatches = [
                 self.scan.prior_mismatch(card),
-                check_plane(card, "axial", self.scan.grid.pixel_mm),
+                check_planes(card, self.recipe.resolved().planes.seen, self.scan.grid.spacing_mm),
                 self._check_sigma(),
             ]
             for sentence in filter(None, mismatches):

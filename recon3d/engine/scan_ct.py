@@ -91,8 +91,9 @@ class CTScan(Scan):
         return [type(self.geometry).__name__, asdict(self.geometry)]
 
     def prior_mismatch(self, card: ModelCard) -> str | None:
-        if card.channels != 1:
-            return f"prior {card.name!r} is for images of {card.channels} channels, those of CT have one"
+        if card.channels != card.slices:
+            channels = card.channels // card.slices
+            return f"prior {card.name!r} is for images of {channels} channels, those of CT have one"
         return super().prior_mismatch(card)
 
     def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:

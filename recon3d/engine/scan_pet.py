@@ -177,8 +177,9 @@ class PETScan(Scan):
         return ScaledPrior(prior, scale), first
 
     def prior_mismatch(self, card: ModelCard) -> str | None:
-        if card.channels != 1:
-            return f"prior {card.name!r} is for images of {card.channels} channels, those of PET have one"
+        if card.channels != card.slices:
+            channels = card.channels // card.slices
+            return f"prior {card.name!r} is for images of {channels} channels, those of PET have one"
         return super().prior_mismatch(card)
 
     def finish(self, volume: Tensor) -> Tensor:

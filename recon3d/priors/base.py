@@ -15,7 +15,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-__all__ = ["ConditionCard", "ModelCard", "Prior", "check_plane", "condition_volume", "differentiable"]
+__all__ = [
+    "ConditionCard", "ModelCard", "Prior", "check_plane", "check_planes", "condition_volume", "differentiable",
+]  # fmt: skip
 
 Plane = Literal["axial", "coronal", "sagittal", "any"]
 
@@ -180,4 +182,36 @@ def check_plane(card: ModelCard, plane: str, spacing_mm: float | Sequence[float]
             f"prior {card.name!r} was trained on pixels of {low:g} to {high:g} mm, got {shown} mm; "
             f"use a grid in that range or another prior"
         )
+    return None
+
+
+# a network that was shown pixels about as high as wide still denoises such ones; slices three pixels apart it does not
+_MOST_OBLONG = 2.5
+
+
+def check_planes(card: ModelCard, planes: Sequence[str], spacing_mm: Sequence[float]) -> str | None:
+    """One sentence on what does not fit between a prior and the planes it is to see slices of, or None.
+
+    A prior that sees the plane it was trained on may see others beside it, which is what methods of several planes do
+    with one network; spacings have to fit in every plane. Slices across coarser ones are refused, not resampled: an
+    interpolated state no longer has white noise of the level that the network is told.
+
+    Args:
+        card: the prior's card.
+        planes: "axial", "coronal" or "sagittal".
+        spacing_mm: of the volume, z, y, x.
+    """
+    dz, dy, dx = spacing_mm
+    sides = {"axial": (dy, dx), "coronal": (dz, dx), "sagittal": (dz, dy)}
+    for plane in planes:
+        known = plane if card.plane in planes else card.plane
+        sentence = check_plane(card.model_copy(update={"plane": known}), plane, sides[plane])
+        if sentence is not None:
+            return sentence
+        low, high = sorted(sides[plane])
+        if high > _MOST_OBLONG * low and card.plane in ("any", "axial") and plane != "axial":
+            return (
+                f"{plane} slices of this grid have pixels of {sides[plane][0]:g} x {sides[plane][1]:g} mm, "
+                f"prior {card.name!r} is for pixels about as high as wide; use axial planes or thinner slices"
+            )
     return None

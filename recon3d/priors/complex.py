@@ -3,8 +3,8 @@
 A complex state u = x0 + sigma (e_r + i e_i), with sigma per real component, is two real images under white noise of
 one level, so a real denoiser takes it without any change to the noise arithmetic:
 
-* `TwoChannelPrior`: a network of two channels sees both parts at once and can use that they share edges;
-* `RealImaginaryPrior`: a network of one channel sees the parts as two slices of their own (Chung, Ye: Score-based
+* `TwoChannelPrior`: a network of two channels a slice sees both parts at once and can use that they share edges;
+* `RealImaginaryPrior`: a network of one channel a slice sees the parts as slices of their own (Chung, Ye: Score-based
   diffusion models for accelerated MRI, Medical Image Analysis 2022). Cheap to have, blind to what the parts share.
 
 Both take u in the scanner's units: network value = part / scale, so a part that is 0 is 0 to the network. An offset of
@@ -25,14 +25,16 @@ __all__ = ["RealImaginaryPrior", "TwoChannelPrior", "complex_prior"]
 
 
 class _Parts:
-    """The real and the imaginary part of u as channels of a real prior."""
+    """The real and the imaginary parts of u as channels of a real prior."""
 
     card: ModelCard
     offset = 0.0
 
-    def __init__(self, prior: Prior, scale: float, channels: int) -> None:
+    def __init__(self, prior: Prior, scale: float, parts: int) -> None:
+        slices = prior.card.slices
+        channels = parts * slices
         if prior.card.channels != channels:
-            other = "RealImaginaryPrior" if channels == 2 else "TwoChannelPrior"
+            other = "RealImaginaryPrior" if parts == 2 else "TwoChannelPrior"
             raise ValueError(
                 f"{type(self).__name__}: prior {prior.card.name!r} must have {channels} channel"
                 f"{'s' * (channels > 1)}, got {prior.card.channels}; {other} is for the other kind"
@@ -42,7 +44,7 @@ class _Parts:
         self.prior = prior
         self.card = prior.card
         self.scale = float(scale)
-        self._channels = channels
+        self._slices, self._channels = slices, channels
         # from this prior's user unit to that of the real one, whose network unit is the same
         self._factor = prior.scale / self.scale
 
@@ -50,7 +52,8 @@ class _Parts:
         """E[x0 | x0 + sigma (e_r + i e_i) = u].
 
         Args:
-            u: state, [batch, 1, row, col] complex64 or complex128 in user units.
+            u: state, [batch, 1, row, col] complex64 or complex128 in user units; for a prior of several slices
+                [batch, slice, row, col], and the network is given all real parts, then all imaginary parts.
             sigma: noise level of a real component in user units, positive.
             cond: handed on to the real prior.
 
@@ -60,24 +63,24 @@ class _Parts:
         Raises:
             ValueError: u is real or has other axes, or the real prior refuses sigma or cond.
         """
-        if not u.is_complex() or u.ndim != 4 or u.shape[1] != 1:
+        if not u.is_complex() or u.ndim != 4 or u.shape[1] != self._slices:
             raise ValueError(
-                f"denoise: u must be complex [batch, 1, row, col] for a complex prior, "
+                f"denoise: u must be complex [batch, {self._slices}, row, col] for a complex prior, "
                 f"got {str(u.dtype).removeprefix('torch.')} {tuple(u.shape)}"
             )
-        b, _, h, w = u.shape
-        parts = torch.view_as_real(u[:, 0]).movedim(-1, 1)  # [batch, 2, row, col]
+        b, s, h, w = u.shape
+        parts = torch.view_as_real(u).movedim(-1, 1)  # [batch, 2, slice, row, col]
         x = parts.reshape(-1, self._channels, h, w) * self._factor + self.prior.offset
         d = self.prior.denoise(x, sigma * self._factor, cond)
-        d = ((d - self.prior.offset) / self._factor).reshape(b, 2, h, w)
-        return torch.complex(d[:, 0], d[:, 1])[:, None]
+        d = ((d - self.prior.offset) / self._factor).reshape(b, 2, s, h, w)
+        return torch.complex(d[:, 0], d[:, 1])
 
 
 class TwoChannelPrior(_Parts):
-    """A network of two channels, real and imaginary part, as a prior of complex slices.
+    """A network of two channels a slice, real and imaginary part, as a prior of complex slices.
 
     Args:
-        prior: a prior whose card has two channels. scale: user units per network unit; for an MR image a high
+        prior: a prior whose card has two channels a slice. scale: user units per network unit; for an MR image a high
         percentile of its magnitude over the whole volume.
     """
 
@@ -86,10 +89,10 @@ class TwoChannelPrior(_Parts):
 
 
 class RealImaginaryPrior(_Parts):
-    """A network of one channel applied to the real and to the imaginary part as to two slices.
+    """A network of one channel a slice, applied to the real and to the imaginary part as to two slices.
 
     Args:
-        prior: a prior whose card has one channel. scale: user units per network unit, as for `TwoChannelPrior`.
+        prior: a prior whose card has one channel a slice. scale: user units per network unit, as for `TwoChannelPrior`.
     """
 
     def __init__(self, prior: Prior, scale: float) -> None:
@@ -100,7 +103,7 @@ def complex_prior(prior: Prior, scale: float) -> Prior:
     """A prior of complex slices from what is at hand.
 
     Args:
-        prior: of one or two channels; one that is complex already is returned as it is, with its own scale.
+        prior: of one or two channels a slice; one that is complex already is returned as it is, with its own scale.
         scale: user units per network unit.
 
     Raises:
@@ -108,8 +111,9 @@ def complex_prior(prior: Prior, scale: float) -> Prior:
     """
     if isinstance(prior, (_Parts, ComplexGaussianPrior)):
         return prior
-    if prior.card.channels not in (1, 2):
+    parts = prior.card.channels // prior.card.slices
+    if parts not in (1, 2):
         raise ValueError(
-            f"prior {prior.card.name!r} has {prior.card.channels} channels; a complex image needs a prior of one or two"
+            f"prior {prior.card.name!r} has {parts} channels a slice; a complex image needs a prior of one or two"
         )
-    return TwoChannelPrior(prior, scale) if prior.card.channels == 2 else RealImaginaryPrior(prior, scale)
+    return TwoChannelPrior(prior, scale) if parts == 2 else RealImaginaryPrior(prior, scale)

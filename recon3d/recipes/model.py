@@ -157,14 +157,44 @@ class RegulariserSection(_Section):
     axes: Literal["z", "zyx"] = Field("z", description="rdp: neighbours along z, or along all three axes")
 
 
-class PlanesSection(_Section):
-    """Which slices the prior sees."""
+Plane = Literal["axial", "coronal", "sagittal"]
 
-    kind: Literal["axial", "in_turn"] = Field(
+
+class PlanesSection(_Section):
+    """Which slices the prior sees; groups of neighbours where its card says so."""
+
+    kind: Literal["axial", "coronal", "sagittal", "in_turn", "averaged"] = Field(
         "axial",
-        description="in_turn: axial, coronal, axial, sagittal slices, one kind per level; for voxels about as long as "
-        "wide",
+        description="in_turn: one plane per level, see order; averaged: all three at every level, a voxel's estimate "
+        "their mean. All but axial are for voxels about as long as wide",
     )
+    order: list[Plane] = Field(
+        ["axial", "coronal", "axial", "sagittal"], min_length=1, description="in_turn: planes of the levels, repeated"
+    )
+    second_every: float | None = Field(
+        None,
+        gt=1,
+        description="in_turn with an order of two: the second plane at the last of so many levels, for a fraction at "
+        "random; null takes turns",
+    )
+    overlap: bool = Field(
+        False,
+        description="a prior of groups answers for every slice from the middle of a group, at that many times "
+        "the cost; else groups lie side by side, elsewhere at every level",
+    )
+
+    @model_validator(mode="after")
+    def _sound(self) -> PlanesSection:
+        if self.second_every is not None and (self.kind != "in_turn" or len(self.order) != 2):
+            raise ValueError("second_every goes with kind in_turn and an order of two planes")
+        return self
+
+    @property
+    def seen(self) -> tuple[Plane, ...]:
+        """The planes that the prior sees slices of, each once."""
+        if self.kind == "in_turn":
+            return tuple(dict.fromkeys(self.order))
+        return ("axial", "coronal", "sagittal") if self.kind == "averaged" else (self.kind,)
 
 
 class RenoiseSection(_Section):
@@ -282,8 +312,10 @@ class Recipe(_Section):
             raise ValueError(
                 f"renoise {kind} needs consistency.step curvature; the other steps depend on the level that follows"
             )
-        if self.planes.kind != "axial":
-            raise ValueError(f"renoise {kind} needs the same planes at every visit; set planes.kind to axial")
+        if self.planes.kind == "in_turn":
+            raise ValueError(
+                f"renoise {kind} needs the same planes at every visit; set planes.kind to axial or averaged"
+            )
         if kind == "rk45" and (t.correctors or c.kind == "em" or self.regulariser.kind != "none"):
             raise ValueError("renoise rk45 may take a step again, so it goes without correctors, EM and regularisers")
 
