@@ -585,7 +585,7 @@ def _execute(
             store = run.checkpoint(stamp)
             store.verify()  # another job's checkpoint is refused before its config is touched
             run.write_config(config_text)
-        with _threads(compute.workers), Executor(compute.batch_size, compute.workers, events, stop) as executor:
+        with _threads(compute.workers), Executor(plan.batch_size, compute.workers, events, stop) as executor:
             if samples == 1:
                 solved = solve(job, executor, store=store, schedule=schedule, events=events, stop=stop)
                 volume, uncertainty = problem.scan.finish(solved.volume), None

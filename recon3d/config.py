@@ -227,7 +227,7 @@ class ComputeConfig(_Section):
     """The machine; nothing here changes the result but by the rounding of a compiled network or a GPU's batches."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    batch_size: int | None = Field(None, ge=1, description="slices the prior works on at once; null chooses")
+    batch_size: int | None = Field(None, ge=1, description="slices the prior works on at once; null: what fits a GPU")
     workers: int | None = Field(None, ge=1, description="CPU threads; null takes the cores at hand")
     compile: Literal["auto", "on", "off"] = Field(
         "auto", description="compile the network before the first slice, which takes a minute or more; auto: on a GPU"

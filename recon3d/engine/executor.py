@@ -63,8 +63,8 @@ class Executor:
     """Maps `prior.denoise` over views.
 
     Args:
-        batch_size: slices in flight; None takes the number of workers on the CPU and 8 on CUDA. The result does
-            not depend on it.
+        batch_size: slices in flight; None takes the number of workers on the CPU and 8 on CUDA, where the plan of a
+            job knows better (recon3d.engine.batch). The result does not depend on it.
         workers: CPU threads, each running one slice; None takes the cores this process may use.
         events: told about retries ("out_of_memory") and, many times a second, about progress ("slices").
         stop: asked between micro-batches; when it gives True the pass ends with Interrupted.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from recon3d.config import ComputeConfig
+from recon3d.engine.batch import gpu_batch
 from recon3d.engine.executor import Executor, usable_cores
 from recon3d.engine.memory import available_bytes, peak_above, resident_bytes, trim
 from recon3d.priors.base import differentiable
@@ -55,6 +56,7 @@ class Plan:
         seconds: an estimate; None without a probe.
         levels: visits of the prior to every slice.
         device: "cpu" or "cuda".
+        batch_size: slices that the prior works on at once; None on a CPU leaves it to the workers.
         available: bytes free on the host.
         device_available: bytes free on the GPU.
         budget: bytes allowed by the job; None for all that is free.
@@ -68,6 +70,7 @@ class Plan:
     levels: int
     device: str
     available: int
+    batch_size: int | None = None
     device_available: int = 0
     budget: int | None = None
     resident: int = 0
@@ -97,6 +100,7 @@ class Plan:
             "levels": self.levels,
             "samples": self.samples,
             "device": self.device,
+            "batch_size": self.batch_size,
             "available_bytes": self.available,
         }
 
@@ -138,10 +142,10 @@ def predict(
     """
     cuda = problem.scan.device.type == "cuda"
     workers = compute.workers or usable_cores()
-    batch = compute.batch_size or (8 if cuda else workers)
+    batch = compute.batch_size or (_gpu_batch(problem, workers) if cuda else workers)
     flight = min(batch if cuda else min(batch, workers), problem.scan.grid.shape[0])
     visits = _visits(problem)
-    activations, seconds_by = _probe(problem, compute, flight, workers, probe, visits * samples)
+    activations, seconds_by = _probe(problem, batch, flight, workers, probe, visits * samples)
     trim()  # what reading and the probe left behind is not the job's
     resident = resident_bytes()
     phases = _phases(problem, activations, picture and not cuda)
@@ -152,7 +156,9 @@ def predict(
     seconds = sum(seconds_by.values()) * 1.03 if seconds_by else None
     device_bytes = free = 0
     if cuda:
-        device_bytes = sum(parts.values()) + problem.scan.y_bytes
+        # a recorded graph keeps the activations for itself in every phase
+        kept = max(sum(size for name, size in found.items() if name != "activations") for found in phases.values())
+        device_bytes = kept + activations + problem.scan.y_bytes
         free = int(torch.cuda.mem_get_info(problem.scan.device)[0])
         # the sample that is finished, mean and squared deviations
         parts = {"volumes on the host": (1 if samples == 1 else 1 + _MOMENTS) * problem.scan.volume_bytes}
@@ -165,6 +171,7 @@ def predict(
         seconds=seconds,
         levels=visits,
         device=problem.scan.device.type,
+        batch_size=batch if cuda else compute.batch_size,
         available=available_bytes(),
         device_available=free,
         budget=budget,
@@ -213,13 +220,13 @@ def _add_samples(phases: dict[str, dict[str, int]], problem: Problem, disk: bool
 
 
 def _probe(
-    problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, visits: int
+    problem: Problem, batch: int, flight: int, workers: int, timed: bool, visits: int
 ) -> tuple[int, dict[str, float]]:
     """Bytes of activations with `flight` views at once and, when `timed`, estimated seconds by part."""
     scan, recipe = problem.scan, problem.recipe.resolved()
     activations, network = 0, 0.0
     for axis, calls in _calls(problem, visits).items():
-        size, seconds = _probe_prior(problem, compute, flight, workers, timed, axis)
+        size, seconds = _probe_prior(problem, batch, flight, workers, timed, axis)
         activations, network = max(activations, size), network + seconds * calls
     part, share = scan.sample(flight)
     operator = part.operator()
@@ -239,6 +246,18 @@ def _probe(
     return activations, {"network": network, "projector": whole * visits * _projections(recipe)}
 
 
+def _gpu_batch(problem: Problem, workers: int) -> int:
+    """The batch that fits beside what the largest phase keeps on the GPU."""
+    scan = problem.scan
+    kept = max(sum(sizes.values()) for sizes in _phases(problem, 0, picture=False).values()) + scan.y_bytes
+    room = int(torch.cuda.mem_get_info(scan.device)[0]) - kept
+
+    def activations(slices: int) -> int:
+        return max(_probe_prior(problem, slices, slices, workers, False, axis)[0] for axis in _calls(problem, 1))
+
+    return gpu_batch(activations, room, scan.grid.shape[0])
+
+
 def _calls(problem: Problem, visits: int) -> Counter[int]:
     """How many views the prior is asked about, by the axis that they lie across."""
     from recon3d.engine.assemble import planes
@@ -248,9 +267,7 @@ def _calls(problem: Problem, visits: int) -> Counter[int]:
     return Counter(view.axis for level in levels for view in seen.views(level))
 
 
-def _probe_prior(
-    problem: Problem, compute: ComputeConfig, flight: int, workers: int, timed: bool, axis: int
-) -> tuple[int, float]:
+def _probe_prior(problem: Problem, batch: int, flight: int, workers: int, timed: bool, axis: int) -> tuple[int, float]:
     """Bytes of activations with `flight` views at once and, when `timed`, seconds of one, for views across an axis."""
     scan, prior = problem.scan, differentiable(problem.denoiser)
     consistency = problem.recipe.resolved().consistency
@@ -267,7 +284,7 @@ def _probe_prior(
         if guided:
             executor.pull(prior, stack, x, views, sigma, x, cond=cond)
 
-    with Executor(compute.batch_size, workers) as executor:
+    with Executor(batch, workers) as executor:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
