@@ -535,9 +535,14 @@ def resolve(config: JobConfig) -> JobConfig:
         update={
             "recipe": recipe.model_dump(mode="json"),
             "input": config.input.model_copy(update={"path": str(place)}),
-            "prior": str(Path(prior).absolute()) if Path(prior).is_dir() else prior,
+            "prior": _absolute(prior),
+            "priors": {plane: _absolute(name) for plane, name in config.priors.items()},
         }
     )
+
+
+def _absolute(prior: str) -> str:
+    return str(Path(prior).absolute()) if Path(prior).is_dir() else prior
 
 
 def _prior(prior: str | Path | Prior, device: torch.device) -> Prior:

@@ -275,6 +275,10 @@ class JobConfig(_Section):
         description="a packaged prior or a folder with card.json and model.safetensors; null takes ct, mr or pet by "
         "the measurement",
     )
+    priors: dict[Literal["axial", "coronal", "sagittal"], str] = Field(
+        default_factory=dict,
+        description="priors for some planes of a recipe that shows them in turn; `prior` is for the others",
+    )
     tile: int | None = Field(
         None,
         ge=64,

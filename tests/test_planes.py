@@ -3,6 +3,7 @@ batches, workers or interruptions; with a Gaussian prior the several planes reac
 
 from __future__ import annotations
 
+import shutil
 import time
 
 import numpy as np
@@ -12,19 +13,25 @@ import torch
 from toys import MatrixOperator
 
 from recon3d import noise
-from recon3d.config import ComputeConfig
+from recon3d.api import resolve
+from recon3d.config import ComputeConfig, JobConfig
 from recon3d.consistency import Identity
 from recon3d.engine import loop, plan
 from recon3d.engine.assemble import assemble
 from recon3d.engine.assemble import planes as assembled
+from recon3d.engine.events import Events
 from recon3d.engine.executor import Executor
 from recon3d.engine.loop import InProcess, Job, reconstruct
-from recon3d.engine.problem import Problem
+from recon3d.engine.problem import Problem, load_problem
 from recon3d.engine.scan_ct import CTScan
-from recon3d.planes import Averaged, Axial, InTurn, Neighbours
+from recon3d.io.layout import write_measurement
+from recon3d.io.measurement import Measurement
+from recon3d.planes import PLANES, Averaged, Axial, InTurn, Neighbours
+from recon3d.priors import find_prior
 from recon3d.priors.base import ModelCard, check_planes
 from recon3d.priors.complex import RealImaginaryPrior, TwoChannelPrior, complex_prior
 from recon3d.priors.gaussian import GaussianPrior, cosine_basis, power_law
+from recon3d.priors.per_plane import PerPlane
 from recon3d.recipes.model import PlanesSection, Recipe
 from recon3d.renoise import DDIM, Renoise
 from recon3d.trajectory import Level, descend, karras
@@ -437,6 +444,90 @@ def test_planes_of_a_recipe(section, kind, seen):
 def test_planes_that_make_no_sense(section):
     with pytest.raises(ValueError, match=r"second_every|order|kind"):
         PlanesSection.model_validate(section)
+
+
+# ---------------------------------------------------------------- one prior per plane
+
+
+class Named(Alike):
+    """A prior that keeps as much as its number says, and notes the slices it is shown."""
+
+    def __init__(self, keeps: float, slices: int = 1) -> None:
+        super().__init__(slices)
+        self.card = ModelCard(name=f"keeps {keeps}", channels=slices, slices=slices)
+        self.keeps, self.shown = keeps, set()
+
+    def denoise(self, u, sigma, cond=None):
+        self.shown.add(tuple(u.shape[2:]))
+        return self.keeps * u
+
+
+IN_TURN = {"kind": "in_turn", "order": ["axial", "coronal"]}
+
+
+@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("changes", [{}, {"consistency": GUIDED}])
+def test_each_plane_has_its_own_prior(slices, changes):
+    axial, coronal = Named(0.5, slices), Named(0.25, slices)
+    whole = reconstruct(_job(IN_TURN, PerPlane({"axial": axial, "coronal": coronal}), **changes))
+    assert axial.shown == {(6, 8)} and coronal.shown == {(7, 8)}
+    assert torch.equal(
+        reconstruct(_job(IN_TURN, PerPlane({"axial": axial, "coronal": axial}), **changes)),
+        reconstruct(_job(IN_TURN, axial, **changes)),
+    )
+    assert not torch.equal(whole, reconstruct(_job(IN_TURN, axial, **changes)))
+
+
+def _with(prior, **section) -> Problem:
+    scan = CTScan(y=survivors.sinogram(), geometry=survivors.SCAN, grid=survivors.GRID)
+    recipe = Recipe.model_validate({"trajectory": {"levels": 2}, "planes": section})
+    return Problem(scan=scan, recipe=recipe, prior=prior)
+
+
+def test_every_prior_counts_in_the_fingerprint_and_is_checked():
+    def two(keeps):
+        return PerPlane({"axial": Named(0.5), "coronal": Named(keeps)})
+
+    assert _with(two(0.2), **IN_TURN).prior_digest() == _with(two(0.2), **IN_TURN).prior_digest()
+    assert _with(two(0.2), **IN_TURN).prior_digest() != _with(two(0.3), **IN_TURN).prior_digest()
+    assert _with(two(0.2), **IN_TURN).check() == []
+    with pytest.raises(ValueError, match=r"one prior per plane goes with planes\.kind in_turn"):
+        _with(two(0.2), kind="averaged").check()
+    with pytest.raises(ValueError, match="no prior of sagittal slices is given, only of axial, coronal"):
+        _with(two(0.2), kind="in_turn").check()
+    other = Named(0.1)
+    other.card = ModelCard(name="flat", plane="axial")
+    with pytest.raises(ValueError, match="'flat' was trained on axial slices, got coronal ones"):
+        _with(PerPlane({"axial": Named(0.5), "coronal": other}), **IN_TURN).check()
+
+
+def test_priors_by_plane_are_of_one_kind():
+    with pytest.raises(ValueError, match="name priors of axial, coronal or sagittal slices"):
+        PerPlane({"oblique": Alike()})
+    scaled = Alike()
+    scaled.scale = 2.0
+    with pytest.raises(ValueError, match="train them in one network unit"):
+        PerPlane({"axial": Alike(), "coronal": scaled})
+    with pytest.raises(ValueError, match="sees 3 together"):
+        PerPlane({"axial": Alike(), "coronal": Alike(3)})
+    with pytest.raises(TypeError, match="ask the prior of a plane"):
+        PerPlane({"axial": Alike()}).denoise(torch.zeros(1, 1, 2, 2), 1.0)
+
+
+def test_a_job_names_priors_by_plane(tmp_path, monkeypatch):
+    """From files: the named planes get theirs, all others `prior`; both folders are in the fingerprint."""
+    path = tmp_path / "scan.h5"
+    write_measurement(path, Measurement(survivors.sinogram(), survivors.SCAN, survivors.GRID, 1e5, "recon3d"))
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(find_prior("ct"), other)
+    recipe = {"like": "ct", "planes": IN_TURN}
+    config = JobConfig.model_validate(
+        {"input": {"path": str(path)}, "prior": "ct", "priors": {"coronal": "other"}, "recipe": recipe}
+    )
+    problem = load_problem(resolve(config), Events())
+    assert isinstance(problem.prior, PerPlane) and set(problem.prior.priors) == set(PLANES)
+    assert any(str(other) in name for name in problem.files) and len(problem.files) == 4
 
 
 # ---------------------------------------------------------------- time predicted

@@ -20,6 +20,7 @@ from recon3d.operators.base import LinearOperator
 from recon3d.ops.philox import NoiseKey
 from recon3d.planes import Planes, View
 from recon3d.priors.base import Prior
+from recon3d.priors.per_plane import prior_of
 from recon3d.real_view import draw_like
 from recon3d.renoise import Renoise
 from recon3d.trajectory import Level, Trajectory, first_sigma, next_level
@@ -132,7 +133,7 @@ class Job:
     Attributes:
         operator: the scanner.
         y: its measurement.
-        prior: what slices look like.
+        prior: what slices look like; recon3d.priors.per_plane.PerPlane has one for each plane.
         trajectory: the levels, in order; or the rule that finds them on the way.
         planes: which slices meet the prior.
         consistency: how the data enter.
@@ -224,7 +225,8 @@ def run(job: Job, state: State) -> Iterator[Level]:
 
     while (level := next_level(job.trajectory, state.index, state.duals)) is not None:
         views = job.planes.views(level)
-        x0 = job.executor.denoise(job.prior, job.planes, state.u, views, level.sigma, level=level.index, cond=job.cond)
+        prior = prior_of(job.prior, views)
+        x0 = job.executor.denoise(prior, job.planes, state.u, views, level.sigma, level=level.index, cond=job.cond)
         job.check(x0, "the prior", level.index)
         x0c = _consistent(job, x0, level, state, views) if on_estimate else x0
         state.u = job.renoise(state.u, x0, x0c, level, job.noise.at(level.index, _STEP), state.duals)
@@ -249,8 +251,8 @@ def _consistent(job: Job, x: Tensor, level: Level, state: State, views: Sequence
         u = state.u
 
         def pull(v: Tensor) -> Tensor:
-            planes = job.planes.pulling(v)
-            return job.executor.pull(job.prior, planes, u, views, level.sigma, v, level=level.index, cond=job.cond)
+            prior, planes = prior_of(job.prior, views), job.planes.pulling(v)
+            return job.executor.pull(prior, planes, u, views, level.sigma, v, level=level.index, cond=job.cond)
 
         x = job.consistency.guide(x, job.y, job.operator, level, state.duals, Visit(u, pull))
     else:

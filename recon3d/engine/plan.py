@@ -21,7 +21,9 @@ from recon3d.config import ComputeConfig
 from recon3d.engine.batch import gpu_batch
 from recon3d.engine.executor import Executor, usable_cores
 from recon3d.engine.memory import available_bytes, peak_above, resident_bytes, trim
+from recon3d.planes import View
 from recon3d.priors.base import differentiable
+from recon3d.priors.per_plane import prior_of
 from recon3d.trajectory import Level, expected_visits
 
 if TYPE_CHECKING:
@@ -269,7 +271,7 @@ def _calls(problem: Problem, visits: int) -> Counter[int]:
 
 def _probe_prior(problem: Problem, batch: int, flight: int, workers: int, timed: bool, axis: int) -> tuple[int, float]:
     """Bytes of activations with `flight` views at once and, when `timed`, seconds of one, for views across an axis."""
-    scan, prior = problem.scan, differentiable(problem.denoiser)
+    scan, prior = problem.scan, differentiable(prior_of(problem.denoiser, [View(0, axis=axis)]))
     consistency = problem.recipe.resolved().consistency
     guided = consistency.kind == "gradient" and consistency.through == "prior"
     rows, columns = (n for k, n in enumerate(scan.grid.shape) if k != axis)

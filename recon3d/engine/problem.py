@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,7 +14,9 @@ from recon3d.config import ConfigError, JobConfig, validate
 from recon3d.engine.clock import Timed
 from recon3d.engine.events import Events
 from recon3d.engine.scan import Scan, load_scan
-from recon3d.priors.base import Prior, check_planes
+from recon3d.planes import PLANES, View
+from recon3d.priors.base import ModelCard, Prior, check_planes
+from recon3d.priors.per_plane import PerPlane, prior_of
 from recon3d.recipes.model import Recipe
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class Problem:
     Attributes:
         scan: the measurement; all that depends on the modality.
         recipe: the method.
-        prior: the denoiser as loaded, on the scan's device; `denoiser` is what the loop asks.
+        prior: the denoiser as loaded, on the scan's device, or a PerPlane of several; `denoiser` is what the loop asks.
         seed: of all random numbers.
         accept_mismatch: use the prior outside what it was trained on, with a warning.
         files: path to sha256 of what was read for the prior.
@@ -50,9 +52,11 @@ class Problem:
             ValueError: as the scan; or the prior was made for others and `accept_mismatch` is not set, or it needs an
                 image beside the state and there is none.
         """
-        sentences = self.scan.check()
-        card = getattr(self.prior, "card", None)
-        if card is not None:
+        sentences, seen = self.scan.check(), self.recipe.resolved().planes.seen
+        for prior, planes in self._by_plane(seen):
+            card = getattr(prior, "card", None)
+            if card is None:
+                continue
             if card.condition is not None and self.scan.guide is None:
                 raise ValueError(
                     f"prior {card.name!r} is conditional: it needs an image of the same body on the same grid "
@@ -60,8 +64,8 @@ class Problem:
                 )
             mismatches = [
                 self.scan.prior_mismatch(card),
-                check_planes(card, self.recipe.resolved().planes.seen, self.scan.grid.spacing_mm),
-                self._check_sigma(),
+                check_planes(card, planes, self.scan.grid.spacing_mm),
+                self._check_sigma(card),
             ]
             for sentence in filter(None, mismatches):
                 if not self.accept_mismatch:
@@ -95,22 +99,44 @@ class Problem:
 
     def prior_digest(self) -> str:
         """Digest of the prior: of its weights and card, or of its description when it has none; and of its scale."""
-        card = getattr(self.prior, "card", None)
-        text = card.model_dump_json() if card is not None else repr(self.prior)
+        text = " ".join(
+            plane + (prior.card.model_dump_json() if getattr(prior, "card", None) is not None else repr(prior))
+            for plane, prior in self._named()
+        )
         # the scan or a caller may have set them apart from the card
         text += f" {self.denoiser.offset!r} {self.denoiser.scale!r}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def _fitted(self) -> tuple[Prior, Tensor | None]:
-        return self.scan.fit(self.prior, self.recipe.resolved())
+        recipe = self.recipe.resolved()
+        if not isinstance(self.prior, PerPlane):
+            return self.scan.fit(self.prior, recipe)
+        fits = {plane: self.scan.fit(prior, recipe) for plane, prior in self._named()}
+        return PerPlane({plane: prior for plane, (prior, _) in fits.items()}), next(iter(fits.values()))[1]
 
-    def _check_sigma(self) -> str | None:
+    def _named(self) -> list[tuple[str, Prior]]:
+        """The priors by plane; a single one has no name."""
+        return list(self.prior.priors.items()) if isinstance(self.prior, PerPlane) else [("", self.prior)]
+
+    def _by_plane(self, seen: Sequence[str]) -> list[tuple[Prior, Sequence[str]]]:
+        """The priors that are asked, with the planes that each is to see.
+
+        Raises:
+            ValueError: no prior is given for a plane, or several for planes that are averaged.
+        """
+        if not isinstance(self.prior, PerPlane):
+            return [(self.prior, seen)]
+        if self.recipe.resolved().planes.kind == "averaged":
+            prior_of(self.prior, [View(0, axis=axis) for axis in PLANES.values()])
+        return [(self.prior.of(PLANES[plane]), (plane,)) for plane in seen]
+
+    def _check_sigma(self, card: ModelCard) -> str | None:
         from recon3d.engine.assemble import levels
         from recon3d.priors.network_prior import check_sigma
 
         sigmas = [level.sigma for level in levels(self.recipe.resolved().trajectory, 1.0)]
-        return check_sigma(self.prior.card, max(sigmas), min(sigmas)) if sigmas else None
+        return check_sigma(card, max(sigmas), min(sigmas)) if sigmas else None
 
 
 def load_problem(config: JobConfig, events: Events) -> Problem:
@@ -125,13 +151,22 @@ def load_problem(config: JobConfig, events: Events) -> Problem:
 
     if config.prior is None:
         raise ConfigError("prior: none is named; resolve the job first")
-    folder = find_prior(config.prior)
+    named = {"": config.prior, **config.priors}
+    folders = [find_prior(name) for name in named.values()]
     scan = load_scan(config, events)
-    weights = [file for file in sorted(folder.glob("*")) if file.suffix in (".json", ".safetensors")]
+    found = [file for folder in folders for file in sorted(folder.glob("*"))]
+    weights = [file for file in found if file.suffix in (".json", ".safetensors")]
+    loaded = {
+        plane: load_prior(name, scan.device, tile=config.tile, compile=config.compute.compile)
+        for plane, name in named.items()
+    }
+    prior: Prior = loaded.pop("")
+    if loaded:
+        prior = PerPlane({plane: loaded.get(plane, prior) for plane in PLANES})
     return Problem(
         scan=scan,
         recipe=validate(Recipe, config.recipe, "recipe"),
-        prior=load_prior(config.prior, scan.device, tile=config.tile, compile=config.compute.compile),
+        prior=prior,
         seed=config.seed,
         accept_mismatch=config.accept_mismatch,
         files={str(file): sha256_file(file) for file in weights},

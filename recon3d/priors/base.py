@@ -122,6 +122,9 @@ def differentiable(prior: Prior) -> Prior:
     elif hasattr(out, "prior"):
         out = copy.copy(out)
         out.prior = differentiable(out.prior)
+    elif hasattr(out, "priors"):
+        out = copy.copy(out)
+        out.priors = {plane: differentiable(one) for plane, one in out.priors.items()}
     return out
 
 
