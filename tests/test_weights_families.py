@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from recon3d.io import BadInput
 from recon3d.priors import load_prior
 from recon3d.priors.checkpoints.convert import convert, inspect
-from recon3d.priors.networks import ADM, ADMConfig, EDMUNet, EDMUNetConfig, UNet2D, UNet2DConfig
+from recon3d.priors.networks import ADM, ADMConfig, EDMUNet, EDMUNetConfig, NCSNpp, UNet2D, UNet2DConfig
 from recon3d.priors.networks.edm_unet import edm_unet_config
 from recon3d.priors.networks.unet2d import unet2d_config
 from recon3d.priors.paths import VE, VP, VPContinuous
@@ -664,6 +664,22 @@ def test_averages_without_their_model_are_named(tmp_path):
     (tmp_path / "model.pt").unlink()
     with pytest.raises(BadInput, match=r"averages without names; put model\.pt of the same training beside it"):
         inspect(tmp_path / "ema_model.pt")
+
+
+@pytest.mark.parametrize("family", ["edm", "skips", "unet2d", "adm", "ncsnpp"])
+def test_half_precision_stays_close(family):
+    config = {
+        "edm": EDM["DDPM++"], "skips": EDM["skips"], "adm": CONFIGS["published shape"],
+        "ncsnpp": NCSNPP["published shape"], "unet2d": unet2d_config({}, settings=DIFFUSERS["usual"]),
+    }[family]  # fmt: skip
+    net = {"adm": ADM, "ncsnpp": NCSNpp, "unet2d": UNet2D}.get(family, EDMUNet)(config)
+    net.load_state_dict(drawn(net))
+    x, t = torch.randn(1, config.in_channels, 8, 16), torch.tensor([0.3])
+    whole = net.for_inference(torch.float32)(x, t)
+    half = net.for_inference(torch.bfloat16)(x.contiguous(memory_format=torch.channels_last), t)
+    assert half.dtype == torch.float32
+    # 2^-8 of the values, gathered over a dozen layers
+    assert 0 < (half - whole).norm() < 0.02 * whole.norm()
 
 
 # ---------------------------------------------------------------- damage

@@ -112,9 +112,10 @@ class ADM(PublishedNetwork):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         self._check(x)
         emb = self.time_embed(step_embedding(t, self.config.model_channels, self.config.longest_period))
-        h, kept = x, []
+        h = self._first(cast(_Steps, self.input_blocks[0])[0], x)
+        kept = [h]
         with self._fast(x):
-            for block in self.input_blocks:
+            for block in self.input_blocks[1:]:
                 h = block(h, emb)
                 kept.append(h)
             h = self.middle_block(h, emb)

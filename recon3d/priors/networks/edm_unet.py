@@ -138,8 +138,9 @@ class EDMUNet(PublishedNetwork):
         elif called == "ve":
             t = (0.5 * t).log()
         emb = self._embedding(t)
+        h = self._first(self.enc[f"{self._at(0)}_conv"], x)
         with self._fast(x):
-            out = self._up(*self._down(x, emb), emb)
+            out = self._up(*self._down(x, h, emb), emb)
         return -out if called == "ve" else out
 
     def _at(self, level: int) -> str:
@@ -159,9 +160,8 @@ class EDMUNet(PublishedNetwork):
         emb = self.map_layer1(F.silu(self.map_layer0(emb)))
         return F.silu(emb + self.map_label(chosen) if config.labels else emb)
 
-    def _down(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _down(self, x: Tensor, h: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         config, aux = self.config, x
-        h = self.enc[f"{self._at(0)}_conv"](x)
         kept = [h]
         for level in range(len(config.channels)):
             at = self._at(level)

@@ -104,15 +104,15 @@ class NCSNpp(PublishedNetwork):
         emb = next(steps)(sigma.log())
         emb = next(steps)(emb)
         emb = next(steps)(F.silu(emb))
+        h = self._first(next(steps), x)
         with self._fast(x):
-            h = self._levels(x, emb, steps)
+            h = self._levels(x, h, emb, steps)
             h = F.silu(next(steps)(h))
         out: Tensor = next(steps)(h.float())
         return out / sigma[:, None, None, None]
 
-    def _levels(self, x: Tensor, emb: Tensor, steps: Any) -> Tensor:
+    def _levels(self, x: Tensor, h: Tensor, emb: Tensor, steps: Any) -> Tensor:
         config, last = self.config, len(self.config.channels) - 1
-        h = next(steps)(x)
         kept = [h]
         for level in range(last + 1):
             for _ in range(config.blocks):

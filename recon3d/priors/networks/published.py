@@ -32,6 +32,11 @@ class PublishedNetwork(nn.Module):
     def _fast(self, x: Tensor) -> torch.autocast:
         return torch.autocast(x.device.type, self.compute_dtype, enabled=self.compute_dtype is not None)
 
+    def _first(self, convolution: nn.Module, x: Tensor) -> Tensor:
+        """The first convolution in float32, for it carries the image itself, which half precision would quantise."""
+        h: Tensor = convolution(x)
+        return h if self.compute_dtype is None else h.to(self.compute_dtype)
+
     def _check(self, x: Tensor) -> None:
         m = self.config.multiple
         if x.ndim != 4 or x.shape[-1] % m or x.shape[-2] % m:

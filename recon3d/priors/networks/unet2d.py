@@ -103,9 +103,9 @@ class UNet2D(PublishedNetwork):
             half = config.channels[0] // 2
             wave = torch.cat([wave[:, half : 2 * half], wave[:, :half], wave[:, 2 * half :]], dim=1)
         emb = F.silu(self.time_embedding["linear_2"](F.silu(self.time_embedding["linear_1"](wave))))
+        h = self._first(self.conv_in, x if config.centered else 2 * x - 1)
+        kept = [h]
         with self._fast(x):
-            h = self.conv_in(x if config.centered else 2 * x - 1)
-            kept = [h]
             for level in self.down_blocks:
                 h = level(h, emb, kept, down=True)
             if config.middle != "none":
