@@ -41,16 +41,16 @@ from recon3d.testing.phantoms import coil_maps, smooth_phase
 
 SAMPLES = 8
 SIDE = 64
-LEVELS = 60  # of the recipe posterior, whose own 300 take five times as long
+LEVELS = 100  # of the recipe posterior, whose own 300 take three times as long
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "calibration.png"
 # left out, and of the training set: file, slices, first row and column of the square
 CT = {
-    "left out": ("ct/ct_chest_pyrad_lung1.nii.gz", (18, 30), (70, 60)),
-    "training": ("ct/ct_chest_lidc0314.nii.gz", (35, 55), (70, 60)),
+    "left out": ("ct/ct_chest_pyrad_lung1.nii.gz", (18, 26, 34), (70, 60)),
+    "training": ("ct/ct_chest_lidc0314.nii.gz", (35, 45, 55), (70, 60)),
 }
 MR = {
-    "left out": ("mr/mr_brain_oms20_t1w.nii.gz", (16, 28), (60, 40)),
-    "training": ("mr/mr_brain_oms12_t1w.nii.gz", (16, 30), (60, 40)),
+    "left out": ("mr/mr_brain_oms20_t1w.nii.gz", (14, 22, 30), (60, 40)),
+    "training": ("mr/mr_brain_oms12_t1w.nii.gz", (14, 22, 30), (60, 40)),
 }
 VIEWS, PHOTONS = 20, 5e4
 COILS, ACCELERATION, NOISE = 6, 4, 0.015
