@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from recon3d.engine.events import Events
 from recon3d.engine.executor import Executor
 from recon3d.engine.job import Schedule, Solved, Timings, solve
 from recon3d.metrics.calibration import interval_factor, order_rank
-from recon3d.ops.philox import NoiseKey, philox4x32
+from recon3d.ops.philox import philox4x32
 
 __all__ = ["NOMINAL", "Kept", "Moments", "Uncertainty", "draw", "reseeded", "sample_seed"]
 
@@ -39,8 +39,6 @@ NOMINAL = 0.9
 _TAG = (0x72656333, 0x73616D70)
 # voxels at a time, so that temporaries stay small beside a volume
 _CHUNK = 1 << 22
-
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -166,10 +164,8 @@ def sample_seed(seed: int, k: int) -> int:
 
 def reseeded(job: loop.Job, seed: int) -> loop.Job:
     """The same job with other random numbers; parts without any are shared, with all they have prepared."""
-    return replace(
-        job, noise=replace(job.noise, seed=seed), start=_with_seed(job.start, seed),
-        consistency=_with_seed(job.consistency, seed),
-    )  # fmt: skip
+    random = ("noise", "start", "planes", "consistency", "renoise")
+    return replace(job, **{name: _with_seed(getattr(job, name), seed) for name in random})
 
 
 def draw(
@@ -265,13 +261,17 @@ def _prepared(job: loop.Job, store: Checkpoint | None, seed: int) -> tuple[loop.
     return replace(job, start=replace(job.start, image=image)), time.perf_counter() - start
 
 
-def _with_seed(part: Part, seed: int) -> Part:
-    """A dataclass whose noise keys have another seed; itself where it has none."""
-    if not dataclasses.is_dataclass(part):
+def _with_seed(part: Any, seed: int) -> Any:
+    """A part with another seed wherever it or a part of it has one; itself where none has."""
+    if not dataclasses.is_dataclass(part) or isinstance(part, type):
         return part
-    keys = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
-    keys = {name: replace(key, seed=seed) for name, key in keys.items() if isinstance(key, NoiseKey)}
-    return replace(part, **keys) if keys else part  # type: ignore[type-var]
+    changes = {}
+    for field in (f for f in dataclasses.fields(part) if f.init):
+        value = getattr(part, field.name)
+        changed = seed if field.name == "seed" else _with_seed(value, seed)
+        if changed is not value:
+            changes[field.name] = changed
+    return replace(part, **changes) if changes else part
 
 
 def _interval(centre: Tensor, std: Tensor, samples: int, finish: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

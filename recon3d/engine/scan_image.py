@@ -199,6 +199,15 @@ class ImageScan(Scan):
 
         write_nifti(path, volume, self.grid, **self._shown(output))
 
+    def save_spread(self, path: Path, spread: Tensor, output: OutputConfig) -> None:
+        """In HU without their zero point, or as `save`."""
+        from recon3d.io import write_nifti
+
+        if self._shown(output)["unit"] != "hu":
+            self.save(path, spread, output)
+            return
+        write_nifti(path, spread * (1000 / self.mu_water_per_mm), self.grid, label="HU")
+
     def _shown(self, output: OutputConfig) -> dict[str, Any]:
         unit = output.unit if output.unit in ("hu", "per_mm") else self.values
         return {"unit": unit, "mu_water_per_mm": self.mu_water_per_mm}
