@@ -14,8 +14,8 @@ from recon3d.priors.checkpoints import read_folder
 from recon3d.priors.networks import UNet
 from recon3d.priors.training import TrainConfig, train
 from recon3d.priors.training.data import SliceData
-from recon3d.priors.training.loop import _start_from
 from recon3d.priors.training.pairs import partners
+from recon3d.priors.training.start import start_from
 
 LPS = np.diag([-1.0, -1.0, 3.0, 1.0])
 
@@ -202,7 +202,7 @@ def test_a_start_from_an_unconditional_prior_is_blind_at_first(raw, tmp_path):
     plain["data"] = {**data, "sources": [{"path": "ct_*.nii.gz"}]}
     folder = train(TrainConfig.model_validate(plain)).prior
     net = UNet(TrainConfig.model_validate(raw).network)
-    _start_from(net, str(folder), 1, 1)
+    start_from(net, str(folder), 1, 1)
     state = read_folder(folder)[1]
     assert torch.equal(net.stem.weight[:, :1], state["stem.weight"]) and not bool(net.stem.weight[:, 1:].any())
     assert torch.equal(net.head.weight, state["head.weight"])

@@ -90,25 +90,33 @@ def progress_bar(quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], Non
 
 @contextmanager
 def training_bar(quiet: bool = False) -> Iterator[Callable[[Any], None]]:
-    """Gives a listener for a training run: share of its steps or of its minutes, loss, time left."""
+    """Gives a listener for a training run: progress, loss, speed, time left; a line per validation."""
     if quiet:
         yield lambda progress: None
         return
+    from datetime import timedelta
+
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (
         TextColumn("training"),
         BarColumn(),
         TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("left {task.fields[left]}"),
     )
-    with Progress(*columns, console=Console(file=sys.stderr), speed_estimate_period=120) as bar:
-        task = bar.add_task("training", total=1.0, detail="")
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+        task = bar.add_task("training", total=1.0, detail="", left="-:--:--")
 
         def listen(progress: Any) -> None:
-            bar.update(task, completed=progress.fraction, detail=f"step {progress.step}, loss {progress.loss:.4g}")
+            detail = f"step {progress.step}, loss {progress.loss:.4g}, {progress.images_per_s:.3g} images/s"
+            if progress.peak_share is not None:
+                detail += f", {progress.peak_share:.1%} of the bf16 peak"
+            left = str(timedelta(seconds=round(progress.left_s)))
+            bar.update(task, completed=progress.fraction, detail=detail, left=left)
+            if progress.validation is not None:
+                levels = ", ".join(f"{db:.2f} dB at sigma {sigma:g}" for sigma, db in progress.validation.items())
+                bar.console.print(f"step {progress.step}: {levels}", highlight=False)
 
         yield listen

@@ -40,23 +40,38 @@ def demo(
 def train(
     config: Annotated[Path, typer.Argument(help="Training file in YAML.")],
     device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard, which must be installed.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train a prior on slices of volumes; the same command goes on with an interrupted run."""
+    """Train a prior on slices of volumes; the same command goes on with an interrupted run. torchrun shares it out."""
+    import os
+
     from recon3d.cli.progress import stop_signals, training_bar
     from recon3d.config import read_yaml, validate
-    from recon3d.priors.training import TrainConfig
+    from recon3d.priors.training import TensorBoard, TrainConfig
     from recon3d.priors.training import train as run
 
     raw = read_yaml(config) | ({"device": device} if device else {})
     settings = validate(TrainConfig, raw, str(config))
-    with stop_signals() as stop, training_bar(quiet) as listen:
-        result = run(settings, listen, stop)
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started one alone speaks
+    if settings.budget_minutes is not None and first and not quiet:
+        typer.echo("budget_minutes follows the clock: resumed, the run ends with other bits; steps does not", err=True)
+    board = TensorBoard(tensorboard) if tensorboard is not None and first else None
+    with stop_signals() as stop, training_bar(quiet or not first) as listen:
+
+        def told(progress: Any) -> None:
+            listen(progress)
+            if board is not None:
+                board(progress)
+
+        result = run(settings, told, stop)
     if not result.finished:
         from recon3d.engine.executor import Interrupted
 
         raise Interrupted(f"interrupted; go on with: recon3d train {config}")
-    typer.echo(f"{result.prior}: trained prior")
+    if first:
+        early = " (stopped early: the held-out loss fell no more)" if result.stopped_early else ""
+        typer.echo(f"{result.prior}: trained prior{early}")
 
 
 def metrics(

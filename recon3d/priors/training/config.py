@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recon3d.priors.networks import UNetConfig
+from recon3d.priors.paths import noise_path
 
 __all__ = ["ConditionConfig", "CropConfig", "DataConfig", "LesionConfig", "PhaseConfig", "SourceConfig", "TrainConfig"]
 
@@ -206,10 +207,13 @@ class TrainConfig(_Strict):
     crops: tuple[CropConfig, ...] = (CropConfig(),)
     steps: int | None = Field(None, ge=1)
     budget_minutes: float | None = Field(None, gt=0)
+    objective: Literal["edm", "eps", "v", "flow"] = Field("edm", description="what the network learns to answer")
+    path: Literal["vp", "vp_continuous"] = Field("vp", description="noise path of eps and v; edm and flow have theirs")
+    schedule: dict[str, float | str] = Field(default_factory=dict, description="of the path, such as schedule: cosine")
     sigma_data: float = Field(0.5, gt=0, description="network units")
-    log_sigma_mean: float = -2.0
+    log_sigma_mean: float = Field(-2.0, description="of edm; the others spread their times evenly over the path")
     log_sigma_std: float = Field(1.5, gt=0)
-    sigma_range: tuple[float, float] = (0.003, 4.0)
+    sigma_range: tuple[float, float] = Field((0.003, 4.0), description="network units; less where the path has less")
     learning_rate: float = Field(6e-4, gt=0)
     decay_share: float = Field(0.4, gt=0, le=1, description="last share of the run, in which the rate falls to 0")
     warmup_steps: int = Field(200, ge=0)
@@ -218,15 +222,25 @@ class TrainConfig(_Strict):
     clip_norm: float = Field(1.0, gt=0)
     ema_halflife_images: float = Field(8000.0, gt=0)
     ema_ramp: float = Field(0.05, gt=0, description="half-life is at most this share of the images seen so far")
+    compile: bool = Field(False, description="torch.compile: minutes at the start, faster steps on a GPU")
     bfloat16: bool = Field(True, description="convolutions in bfloat16 where the device is fast at it")
     device: str = "cpu"
-    workers: int = Field(2, ge=1, description="shares of a batch computed side by side, one thread each, on a CPU")
+    workers: int = Field(
+        2,
+        ge=1,
+        description="CPU: shares of a batch computed side by side, one thread each; GPU: threads that cut crops",
+    )
     save_every_s: float = Field(120.0, gt=0)
     save_every_steps: int | None = Field(None, ge=1, description="checkpoint by step count instead of by the clock")
     validate_every_s: float = Field(600.0, gt=0)
     validate_every_steps: int | None = Field(None, ge=1)
     validation_sigmas: tuple[float, ...] = (0.02, 0.05, 0.1, 0.3, 1.0)
     validation_slices: int = Field(6, ge=1)
+    patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without a lower held-out loss, and keep the best prior"
+    )
+    samples: int = Field(4, ge=0, description="images drawn from the prior at every validation")
+    sample_levels: int = Field(24, ge=2, description="noise levels on their way")
 
     @model_validator(mode="after")
     def _one_end(self) -> TrainConfig:
@@ -234,6 +248,9 @@ class TrainConfig(_Strict):
             raise ValueError("give exactly one of steps and budget_minutes")
         if not 0 < self.sigma_range[0] < self.sigma_range[1]:
             raise ValueError(f"sigma_range must be [low, high] with 0 < low < high, got {list(self.sigma_range)}")
+        if self.schedule and self.objective in ("edm", "flow"):
+            raise ValueError(f"schedule belongs to the objectives eps and v, got objective {self.objective!r}")
+        noise_path(self.path_name, self.schedule)
         wanted = self.data.slices * (2 if self.data.complex else 1)
         seen = wanted + self.cond_channels
         if (self.network.in_channels, self.network.out_channels) != (seen, wanted):
@@ -253,6 +270,11 @@ class TrainConfig(_Strict):
     def cond_channels(self) -> int:
         """Channels of the condition that join the state's at the network's input."""
         return 0 if self.data.condition is None else self.data.slices
+
+    @property
+    def path_name(self) -> Literal["edm", "flow", "vp", "vp_continuous"]:
+        """The noise path by the name that a model card gives it."""
+        return self.objective if self.objective in ("edm", "flow") else self.path
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from recon3d.io import BadInput
 from recon3d.priors.training.config import DataConfig, LesionConfig, PhaseConfig, TrainConfig
+from recon3d.priors.training.objectives import sigmas
 from recon3d.priors.training.pairs import partners, with_condition
 
 __all__ = ["SliceData", "Volume", "load_volume", "random_phase", "with_lesions"]
@@ -133,8 +133,7 @@ class SliceData:
         clean, *beside = (torch.stack(crops) for crops in zip(*drawn, strict=True))
         # stratified over the batch: every step sees low and high levels
         u = (rng.permutation(crop.batch) + rng.random(crop.batch)) / crop.batch
-        log_sigma = cfg.log_sigma_mean + cfg.log_sigma_std * _normal_quantile(u)
-        sigma = torch.from_numpy(np.clip(np.exp(log_sigma), *cfg.sigma_range)).float()
+        sigma = sigmas(cfg, u)
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
         return clean, sigma, noise, *beside
 
@@ -370,9 +369,3 @@ def _between(rng: np.random.Generator, ends: tuple[float, float]) -> float:
     """Log-uniform; nothing is drawn where there is no choice."""
     low, high = ends
     return low if low == high else math.exp(rng.uniform(math.log(low), math.log(high)))
-
-
-def _normal_quantile(u: NDArray[np.float64]) -> NDArray[np.float64]:
-    t = torch.from_numpy(np.clip(u, 1e-6, 1 - 1e-6))
-    quantile: NDArray[np.float64] = torch.special.ndtri(t).numpy()
-    return quantile

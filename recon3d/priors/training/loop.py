@@ -1,32 +1,37 @@
-"""The training loop: EDM loss, Adam, EMA, checkpoints that a kill cannot spoil, a validation curve.
+"""The training loop: gradients, Adam, running averages, checkpoints that a kill cannot spoil, a validation curve.
 
 A step is a function of (seed, step number, weights), so a run given in `steps` and killed at any moment ends
-with the bits of an uninterrupted one. A run given in minutes follows the clock instead: its learning rate
-decays with the time used, counted across restarts.
+with the bits of an uninterrupted one, in one process or in as many as before. A run given in minutes follows the
+clock instead: its learning rate decays with the time used, counted across restarts.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from recon3d.io import BadInput
-from recon3d.priors.base import ModelCard
-from recon3d.priors.checkpoints.atomic import write_safetensors
-from recon3d.priors.checkpoints.folder import read_folder, write_folder
-from recon3d.priors.networks import EDMDenoiser, UNet
+from recon3d.priors.checkpoints.folder import write_folder
+from recon3d.priors.network_prior import compute_dtype
+from recon3d.priors.networks import UNet
+from recon3d.priors.training.card import model_card
 from recon3d.priors.training.config import TrainConfig
 from recon3d.priors.training.curve import write_curve
 from recon3d.priors.training.data import SliceData
-from recon3d.priors.training.pairs import condition_card
+from recon3d.priors.training.objectives import Objective
+from recon3d.priors.training.sheets import write_denoised, write_samples
+from recon3d.priors.training.start import start_from
+from recon3d.priors.training.state import State
+from recon3d.priors.training.team import Team, team
+from recon3d.priors.training.throughput import Rate, bf16_peak, flops_per_pixel
+from recon3d.priors.training.validation import best, draw, measure, row, waited
 
 __all__ = ["Progress", "TrainResult", "train"]
 
@@ -43,6 +48,9 @@ class Progress:
     learning_rate: float
     validation: dict[float, float] | None  # sigma -> PSNR in dB (peak 1 network unit), when just measured
     saved: bool
+    images_per_s: float  # of all processes, over about the last minute
+    left_s: float  # at this rate; infinite before there is one
+    peak_share: float | None  # of the bfloat16 operations that the GPUs could do, where they are known
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class TrainResult:
     step: int
     finished: bool
     validation: dict[float, float]
+    stopped_early: bool = False  # finished because the held-out loss fell no more
 
 
 def train(
@@ -63,10 +72,14 @@ def train(
 ) -> TrainResult:
     """Train a prior, or go on with the run found in `config.out`.
 
+    In a process that torchrun started, or that has a process group of its own, every process must call this with the
+    same configuration; the batch is then shared among them. All of them read the data, the first one alone writes.
+
     Args:
         config: the run; see `TrainConfig`.
-        progress: called after every step.
-        should_stop: asked after every step; True saves a checkpoint and the prior as it stands, and returns.
+        progress: called after every step, in the first process.
+        should_stop: asked after every step, in the first process; True saves a checkpoint and the prior as it stands,
+            and returns.
 
     Returns:
         A `TrainResult`; `finished` is False when stopped.
@@ -74,331 +87,240 @@ def train(
     Raises:
         ValueError: no training data, or `config.out` holds a run with other settings.
     """
+    device = torch.device(config.device)
+    with (
+        _one_thread_each(device),
+        team(device) as (group, device),
+        ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        return _Run(config, pool, group, device).go(progress, should_stop)
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[None]:
     # every thread of the run computes alone: two that meet at the end of a step wait for each other far less than two
     # that meet after every operation, above all on a machine with other work
     threads = torch.get_num_threads()
-    on_cpu = torch.device(config.device).type == "cpu"
-    if on_cpu:
+    if device.type == "cpu":
         torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(config.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return _Run(config, pool).go(progress, should_stop)
+        yield
     finally:
-        if on_cpu:
-            torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
 
 
-@dataclass
-class _Counters:
-    step: int = 0
-    images: int = 0
-    elapsed_s: float = 0.0
-    loss: float = math.nan
+# what the first process says after a step
+_ON, _DONE, _STOPPED, _EARLY = range(4)
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, pool: ThreadPoolExecutor) -> None:
-        self.config = config
-        self.pool = pool
+    def __init__(self, config: TrainConfig, pool: ThreadPoolExecutor, group: Team, device: torch.device) -> None:
+        self.config, self.pool, self.team, self.device = config, pool, group, device
         self.out = Path(config.out)
         self.data = SliceData(config)
-        device = torch.device(config.device)
-        self.model = self._denoiser(device)
+        self.half = config.bfloat16 and compute_dtype(device) is torch.bfloat16
+        self.model = self._objective()
         self.checkpoint = self.out / "checkpoint.safetensors"
         if config.init is not None and not self.checkpoint.exists():
-            _start_from(self.model.net, config.init, config.data.slices)
-        self.device = device
-        self.named = dict(self.model.net.named_parameters())
-        self.ema = {k: p.detach().clone() for k, p in self.named.items()}
-        self.adam = torch.optim.AdamW(
-            self.named.values(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-            fused=True,
+            start_from(self.model.net, config.init, config.data.slices, config.cond_channels)
+        named = dict(self.model.net.named_parameters())
+        adam = torch.optim.AdamW(
+            named.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
-        self.replicas = [self.model, *(self._replica() for _ in range(config.workers - 1))]
-        self.count = _Counters()
-        self.curve: list[dict[str, float]] = []
-        self.latest: dict[float, float] = {}
+        self.state = State(named, adam)
+        # a GPU takes the batch whole
+        shares = config.workers if device.type == "cpu" else 1
+        self.replicas = [self.model, *(self._replica() for _ in range(shares - 1))]
+        if config.compile:
+            for replica in self.replicas:
+                replica.net.compile()
         if self.checkpoint.exists():
-            self._restore()
+            self.state.restore(self.checkpoint, config)
+        self.ahead: dict[int, Future[tuple[Tensor, ...]]] = {}
+        self.rate, self.pixels = Rate(), 0
+        self.peak = bf16_peak(device)
+        self.started = self.saved_at = self.validated_at = time.monotonic()
+        self.before = self.state.count.elapsed_s
 
     def go(self, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool] | None) -> TrainResult:
-        cfg, count = self.config, self.count
-        before, started = count.elapsed_s, time.monotonic()
-        saved_at = validated_at = started
-        while self._fraction() < 1:
-            rate = self._step()
-            now = time.monotonic()
-            count.elapsed_s = before + now - started
-            done = self._fraction() >= 1
-            stop = not done and should_stop is not None and should_stop()
-            validated = _due(count.step, now - validated_at, cfg.validate_every_steps, cfg.validate_every_s) or done
-            if validated:
-                self._validate()
-                self.export()
-                validated_at = time.monotonic()
-            saved = _due(count.step, now - saved_at, cfg.save_every_steps, cfg.save_every_s) or done or stop
-            if saved:
-                self._save()
-                saved_at = time.monotonic()
-            if stop:
-                self.export()
-            if progress is not None:
-                report = self.latest if validated else None
-                progress(
-                    Progress(
-                        count.step,
-                        min(1.0, self._fraction()),
-                        count.elapsed_s,
-                        count.images,
-                        count.loss,
-                        rate,
-                        report,
-                        saved,
-                    )
-                )
-            if stop:
-                return TrainResult(self.out, self.out / "prior", count.step, False, self.latest)
-        return TrainResult(self.out, self.out / "prior", count.step, True, self.latest)
+        count = self.state.count
+        verdict = _DONE if self._fraction() >= 1 else _EARLY if self._exhausted() else _ON
+        while verdict == _ON:
+            rate = self._timed_step()
+            if self.team.first:
+                verdict = self._after_step(rate, progress, should_stop)
+            count.elapsed_s, said = self.team.agree(count.elapsed_s, verdict)
+            verdict = int(said)
+        done = verdict != _STOPPED
+        return TrainResult(self.out, self.out / "prior", count.step, done, self._psnr(), verdict == _EARLY)
+
+    def _after_step(
+        self, rate: float, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool] | None
+    ) -> int:
+        """Validate, save and report as it is due; what to do next."""
+        cfg, count, now = self.config, self.state.count, time.monotonic()
+        verdict = _DONE if self._fraction() >= 1 else _ON
+        if verdict == _ON and should_stop is not None and should_stop():
+            verdict = _STOPPED
+        due = _due(count.step, now - self.validated_at, cfg.validate_every_steps, cfg.validate_every_s)
+        validated = due or verdict == _DONE
+        if validated:
+            self._validate()
+            self.validated_at = time.monotonic()
+            if verdict == _ON and self._exhausted():
+                verdict = _EARLY
+        saved = verdict != _ON or _due(count.step, now - self.saved_at, cfg.save_every_steps, cfg.save_every_s)
+        if saved:
+            self.state.save(self.checkpoint, cfg)
+            self.saved_at = time.monotonic()
+        if verdict == _STOPPED and not validated:
+            self._export()
+        if progress is not None:
+            progress(self._progress(rate, validated, saved))
+        return verdict
+
+    def _progress(self, rate: float, validated: bool, saved: bool) -> Progress:
+        count, done = self.state.count, min(1.0, self._fraction())
+        mean = self.rate.images_per_s
+        left = 60 * float(self.config.budget_minutes or 0) * (1 - done)
+        if self.config.steps is not None:
+            left = (self.config.steps - count.step) * self.rate.seconds_per_step
+        share = None
+        if self.peak is not None:
+            share = self.rate.pixels_per_s * flops_per_pixel(self.config.network) / (self.peak * self.team.size)
+        report = self._psnr() if validated else None
+        return Progress(
+            count.step, done, count.elapsed_s, count.images, count.loss, rate, report, saved, mean, left, share
+        )
 
     def _fraction(self) -> float:
         if self.config.steps is not None:
-            return self.count.step / self.config.steps
-        return self.count.elapsed_s / 60 / float(self.config.budget_minutes or 1)
+            return self.state.count.step / self.config.steps
+        return self.state.count.elapsed_s / 60 / float(self.config.budget_minutes or 1)
+
+    def _exhausted(self) -> bool:
+        return self.config.patience is not None and waited(self.state.curve) >= self.config.patience
+
+    def _psnr(self) -> dict[float, float]:
+        """Of the last validation."""
+        last = self.state.curve[-1] if self.state.curve else {}
+        return {v: last[f"psnr_db_sigma_{v:g}"] for v in self.config.validation_sigmas if last}
+
+    def _timed_step(self) -> float:
+        count, began = self.state.count, time.monotonic()
+        before = (count.images, self.pixels)
+        rate = self._step()
+        now = time.monotonic()
+        self.rate.add(count.images - before[0], self.pixels - before[1], now - began)
+        count.elapsed_s = self.before + now - self.started
+        return rate
 
     def _step(self) -> float:
-        cfg, count = self.config, self.count
+        cfg, count = self.config, self.state.count
         rate = (
             cfg.learning_rate
             * min(1.0, (count.step + 1) / max(1, cfg.warmup_steps))
             * _decay(self._fraction(), cfg.decay_share)
         )
-        batch = tuple(t.to(self.device) for t in self.data.batch(count.step))
+        batch = self._batch(count.step)
         images = len(batch[0])
+        mine = self.team.share(images)
         # shares are cut by the configuration alone and added in order: the sum does not depend on timing
-        cuts = [t.tensor_split(min(cfg.workers, images)) for t in batch]
+        cuts = [t[mine.start : mine.stop].tensor_split(max(1, min(len(self.replicas), len(mine)))) for t in batch]
         jobs = [
-            self.pool.submit(self._gradient, model, images, *share)
-            for model, *share in zip(self.replicas, *cuts, strict=False)
+            self.pool.submit(self._gradient, model, images, *part)
+            for model, *part in zip(self.replicas, *cuts, strict=False)
         ]
         losses = [job.result() for job in jobs]
+        parameters = list(self.state.named.values())
         for replica in self.replicas[1 : len(losses)]:
-            for p, q in zip(self.named.values(), replica.net.parameters(), strict=True):
+            for p, q in zip(parameters, replica.net.parameters(), strict=True):
                 if p.grad is not None and q.grad is not None:
                     p.grad.add_(q.grad)
-        norm = torch.nn.utils.clip_grad_norm_(self.named.values(), cfg.clip_norm)
-        if not math.isfinite(float(norm)):
+        loss = torch.stack(losses).sum()
+        self.team.add([loss, *(p.grad for p in parameters if p.grad is not None)])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip_norm)
+        size, value = torch.stack([norm, loss]).tolist()
+        if not math.isfinite(size):
             raise FloatingPointError(f"train: the gradient is not finite at step {count.step}; lower learning_rate")
-        for group in self.adam.param_groups:
+        for group in self.state.adam.param_groups:
             group["lr"] = rate
-        self.adam.step()
+        self.state.adam.step()
         count.step += 1
         count.images += images
+        self.pixels += images * batch[0][0, 0].numel()
         half_life = min(cfg.ema_halflife_images, cfg.ema_ramp * count.images)
         keep = 0.5 ** (images / max(half_life, 1e-8))
-        for k, p in self.named.items():
-            self.ema[k].lerp_(p.detach(), 1 - keep)
-        value = sum(losses)
+        for k, p in self.state.named.items():
+            self.state.ema[k].lerp_(p.detach(), 1 - keep)
         count.loss = value if math.isnan(count.loss) else count.loss + 0.01 * (value - count.loss)
         return rate
 
-    def _gradient(self, model: EDMDenoiser, images: int, clean: Tensor, *rest: Tensor) -> float:
+    def _batch(self, step: int) -> tuple[Tensor, ...]:
+        """On the device; for a GPU batches are made ahead, as many at a time as there are workers."""
+        if self.device.type == "cpu":
+            return self.data.batch(step)
+        for k in range(step, step + self.config.workers + 1):
+            if k not in self.ahead:
+                self.ahead[k] = self.pool.submit(self.data.batch, k)
+        return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in self.ahead.pop(step).result())
+
+    def _gradient(self, model: Objective, images: int, clean: Tensor, *rest: Tensor) -> Tensor:
         """Gradient of a share's part of the batch mean, left in the model; returns that part of the loss."""
+        if len(clean) == 0:  # fewer images than processes
+            for p in model.net.parameters():
+                p.grad = torch.zeros_like(p)
+            return torch.zeros((), device=self.device)
         model.zero_grad(set_to_none=True)
         with self._autocast():
-            loss = model.loss(clean.contiguous(memory_format=torch.channels_last), *rest)
+            loss = model.loss(clean, *rest)
         loss = loss * (len(clean) / images)
         torch.autograd.backward(loss)
-        return float(loss.detach())
+        return loss.detach()
 
-    def _replica(self) -> EDMDenoiser:
+    def _replica(self) -> Objective:
         """A model over the same weights with gradients of its own."""
-        replica = self._denoiser(self.device)
+        replica = self._objective()
         for p, q in zip(self.model.net.parameters(), replica.net.parameters(), strict=True):
             q.data = p.data
         return replica
 
-    def _denoiser(self, device: torch.device) -> EDMDenoiser:
+    def _objective(self) -> Objective:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)  # the initial weights; nothing else draws from torch's generator
             net = UNet(self.config.network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return EDMDenoiser(net, self.config.sigma_data).to(device)
+        return Objective(net, self.config).to(self.device)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        cfg = self.config
-        model = self._denoiser(self.device)
-        model.net.load_state_dict(self.ema)
+        """A row of the curve, pictures, and the prior as it stands, unless patience keeps a better one."""
+        cfg, count = self.config, self.state.count
+        model = self._objective()
+        model.net.load_state_dict(self.state.ema)
         model.eval()
         clean, noise, *beside = (t.to(self.device) for t in self.data.validation_set())
-        row: dict[str, float] = {
-            "step": self.count.step,
-            "images": self.count.images,
-            "elapsed_s": round(self.count.elapsed_s, 1),
-        }
-        row["train_loss"] = self.count.loss
-        for level in cfg.validation_sigmas:
-            error = 0.0
-            for x, z, *c in zip(clean[:, None], noise[:, None], *(b[:, None] for b in beside), strict=True):
-                with self._autocast():
-                    d = model(x + level * z, torch.full((1,), level, device=self.device), *c)
-                error += float((d - x).double().square().mean()) / clean.shape[0]
-            self.latest[level] = 10 * math.log10(1 / error)
-            row[f"loss_sigma_{level:g}"] = error * (level**2 + cfg.sigma_data**2) / (level * cfg.sigma_data) ** 2
-            row[f"psnr_db_sigma_{level:g}"] = self.latest[level]
-        self.curve.append(row)
-        write_curve(self.out, self.curve)
+        over = self.pool.map if self.device.type == "cpu" else map
+        also = beside[0] if beside else None
+        found = measure(model, clean, noise, also, cfg.validation_sigmas, self._autocast, over)
+        counts = {"step": count.step, "images": count.images, "elapsed_s": round(count.elapsed_s, 1)}
+        self.state.curve.append(row(found, {**counts, "train_loss": count.loss}, cfg.sigma_data))
+        write_curve(self.out, self.state.curve)
+        sheets = self.out / "sheets"
+        write_denoised(sheets / f"denoised_{count.step:08d}.png", found, clean, cfg.data.slices, cfg.data.complex)
+        if cfg.samples > 0:
+            each = None if also is None else also[torch.arange(cfg.samples) % len(also)]
+            images = draw(model, cfg, (clean.shape[1], *clean.shape[-2:]), each, self.device, self._autocast)
+            write_samples(sheets / f"samples_{count.step:08d}.png", images, clean, cfg.data.slices, cfg.data.complex)
+        if cfg.patience is None or best(self.state.curve) == len(self.state.curve) - 1:
+            self._export()
 
-    def export(self) -> None:
-        """Write the EMA as it stands, with its card, into `out/prior`."""
-        write_folder(self.out / "prior", self._card(), self.ema)
-
-    def _card(self) -> ModelCard:
-        cfg, card = self.config, self.config.card
-        planes = {source.plane or cfg.data.plane for source in cfg.data.sources}
-        low, high = ((v - cfg.data.file_offset) / cfg.data.file_scale for v in cfg.data.clip)
-        known = cfg.data.percentile is None and cfg.data.mean_above is None
-        unit = (
-            f"percentile {cfg.data.percentile:g} of a volume"
-            if cfg.data.percentile is not None
-            else f"mean of the voxels above {cfg.data.mean_above or 0:g} of the maximum of a volume"
-        )
-        return ModelCard(
-            name=card.name,
-            statement=card.statement,
-            plane=planes.pop() if len(planes) == 1 else "any",
-            spacing_mm=cfg.data.spacing_mm,
-            offset=card.offset,
-            scale=card.scale,
-            unit=card.unit,
-            channels=cfg.network.out_channels,
-            cond_channels=cfg.cond_channels,
-            condition=None if cfg.data.condition is None else condition_card(cfg.data.condition),
-            slices=cfg.data.slices,
-            value_range=(card.offset + card.scale * low, card.offset + card.scale * high) if known else None,
-            path="edm",
-            sigma_range=cfg.sigma_range,
-            sigma_data=cfg.sigma_data,
-            architecture={"family": "unet", **cfg.network.model_dump(mode="json")},
-            parameters=sum(p.numel() for p in self.named.values()),
-            training_data=tuple(v.name for v in self.data.volumes),
-            attribution=card.attribution,
-            licence=card.licence,
-            training={
-                "steps": self.count.step,
-                "images": self.count.images,
-                "minutes": round(self.count.elapsed_s / 60, 1),
-                "log_sigma": [cfg.log_sigma_mean, cfg.log_sigma_std],
-                **({} if known else {"one network unit": unit}),
-                **({} if cfg.init is None else {"init": Path(cfg.init).name}),
-            },
-            validation={
-                "volume": self.data.validation.name,
-                "slices": cfg.validation_slices,
-                "peak": "1 network unit",
-                **{f"psnr_db_sigma_{s:g}": round(v, 2) for s, v in self.latest.items()},
-            },
-        )
-
-    def _save(self) -> None:
-        tensors: dict[str, Tensor] = {f"model.{k}": p.detach() for k, p in self.named.items()}
-        tensors |= {f"ema.{k}": v for k, v in self.ema.items()}
-        state = self.adam.state
-        for k, p in self.named.items():
-            tensors[f"adam.exp_avg.{k}"] = state[p]["exp_avg"]
-            tensors[f"adam.exp_avg_sq.{k}"] = state[p]["exp_avg_sq"]
-        meta = {
-            "config": self.config.model_dump_json(),
-            "counters": json.dumps(asdict(self.count)),
-            "curve": json.dumps(self.curve),
-        }
-        write_safetensors(self.checkpoint, tensors, meta)
-
-    def _restore(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.checkpoint, framework="pt") as f:
-                meta: dict[str, str] = f.metadata()
-                tensors: dict[str, Tensor] = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-            found = TrainConfig.model_validate_json(meta["config"])
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            why = f"not a training checkpoint ({str(error).splitlines()[0]})"
-            raise BadInput(self.checkpoint, why, "delete it to train from the start") from None
-        changed = _differences(found, self.config)
-        if changed:
-            raise ValueError(
-                f"train: {self.out} holds a run with other settings ({', '.join(changed)}); "
-                "give them back or choose another out"
-            )
-        self.count = _Counters(**json.loads(meta["counters"]))
-        self.curve = json.loads(meta["curve"])
-        with torch.no_grad():
-            for k, p in self.named.items():
-                p.copy_(tensors[f"model.{k}"])
-                self.ema[k].copy_(tensors[f"ema.{k}"])
-                # the fused update walks memory, so the moments must lie as the weights do (channels last)
-                moments = {name: torch.empty_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                for name, value in moments.items():
-                    value.copy_(tensors[f"adam.{name}.{k}"])
-                self.adam.state[p] = {"step": torch.tensor(float(self.count.step)), **moments}
-
-
-def _start_from(net: torch.nn.Module, folder: str, slices: int, joined: int = 0) -> None:
-    """Copy the tensors of a prior folder that the network has with the same name and shape.
-
-    Where the network sees several slices and that prior one, the first convolution starts as one of their mean, with
-    differences between slices as they were drawn, and the last one gives every slice the same. A kernel that only lacks
-    the `joined` input channels of a condition gets zeros for those: the network then starts as the prior that it came
-    from, blind to the condition.
-    """
-    card, state = read_folder(folder)
-    for k, p in net.named_parameters():
-        if k in state and state[k].ndim == p.ndim:
-            if slices > 1 and card.slices == 1:
-                state[k] = _for_slices(state[k], p.detach(), slices, joined)
-            if joined and p.ndim == 4 and state[k].shape[1] + joined == p.shape[1]:
-                state[k] = torch.nn.functional.pad(state[k], (0, 0, 0, 0, 0, joined))
-    with torch.no_grad():
-        same = [(p, state[k]) for k, p in net.named_parameters() if k in state and state[k].shape == p.shape]
-        for p, value in same:
-            p.copy_(value)
-    if not same:
-        raise ValueError(f"train: init {folder} has no tensor with a name and shape of this network; leave init out")
-
-
-def _for_slices(value: Tensor, drawn: Tensor, slices: int, joined: int) -> Tensor:
-    """A tensor whose channels in or out are those of one slice, for slices side by side (and `joined` channels in)."""
-    for beside in {0, joined}:
-        if value.ndim > 1 and value.shape[1] * slices == drawn.shape[1] - beside:
-            # were all slices alike to the network, they would stay so: their gradients would be the same
-            own = drawn[:, : drawn.shape[1] - beside].unflatten(1, (-1, slices))
-            value = (value.unsqueeze(2) / slices + own - own.mean(2, keepdim=True)).flatten(1, 2)
-    return value.repeat_interleave(slices, dim=0) if value.shape[0] * slices == drawn.shape[0] else value
-
-
-# a restart may change these: they say how long, how often and where, not what is learned
-_FREE = {
-    "out",
-    "steps",
-    "budget_minutes",
-    "threads",
-    "save_every_s",
-    "save_every_steps",
-    "validate_every_s",
-    "device",
-    "card",
-}
-
-
-def _differences(a: TrainConfig, b: TrainConfig) -> list[str]:
-    x, y = a.model_dump(mode="json"), b.model_dump(mode="json")
-    return sorted(k for k in x if k not in _FREE and x[k] != y[k])
+    def _export(self) -> None:
+        """Write the averaged weights, with their card, into `out/prior`."""
+        names = tuple(v.name for v in self.data.volumes)
+        card = model_card(self.config, self.state, names, self.data.validation.name, self._psnr())
+        write_folder(self.out / "prior", card, self.state.ema)
 
 
 def _decay(fraction: float, share: float) -> float:
