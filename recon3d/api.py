@@ -343,6 +343,7 @@ def enhance(
     blur_kind: Literal["gaussian", "uniform"] | None = None,
     noise: float | Literal["auto"] | None = "auto",
     seed: int = 0,
+    samples: int = 1,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
@@ -370,8 +371,8 @@ def enhance(
         blur_mm: blur along z, y, x in mm: full width at half maximum, of a uniform blur the width.
         blur_kind: "gaussian" unless given, or "uniform".
         noise: standard deviation of a voxel in `unit`; "auto" reads it off the image, None takes the image as exact.
-        seed, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop: as in
-            `reconstruct`.
+        seed, samples, device, batch_size, workers, accept_mismatch, folder, schedule, output, force, listeners, stop:
+            as in `reconstruct`.
 
     Returns:
         The volume in 1/mm for "hu" and "per_mm", else in the image's unit, with timings and its fit to the image; its
@@ -399,8 +400,9 @@ def enhance(
     run = None if folder is None else RunFolder(folder)
     text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig()
-    )
+        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
+        samples,
+    )  # fmt: skip
 
 
 def convert_modality(

@@ -17,7 +17,7 @@ from survivors import GRID, MU, SCAN, prior, reconstruction, sinogram
 from test_plan import Slow
 from test_survival import scenario
 
-from recon3d.api import reconstruct, reconstruct_mri
+from recon3d.api import enhance, reconstruct, reconstruct_mri
 from recon3d.cli import run as command
 from recon3d.config import ComputeConfig, ConfigError, OutputConfig
 from recon3d.engine import montecarlo, plan, scan_image
@@ -30,11 +30,13 @@ from recon3d.engine.loop import reconstruct as run_loop
 from recon3d.engine.montecarlo import reseeded, sample_seed
 from recon3d.engine.problem import Problem
 from recon3d.engine.scan_ct import CTScan
+from recon3d.geometry import VolumeGrid
 from recon3d.metrics import interval_factor
 from recon3d.operators import CTOperator
 from recon3d.operators.noise import PoissonNoise
 from recon3d.ops.philox import NoiseKey
 from recon3d.planes import InTurn, Neighbours
+from recon3d.priors.gaussian import GaussianPrior, power_law
 from recon3d.recipes import Recipe, load_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:samples. recipe")
@@ -242,6 +244,17 @@ def test_activities_stay_positive(tmp_path):
     assert float(result.volume.min()) >= 0 and float(result.uncertainty.low.min()) >= 0
     assert float(result.uncertainty.std.max()) > 0
     assert b"Bq/mL" in nib.load(tmp_path / "std.nii.gz").header["descrip"].tobytes()
+
+
+def test_images_are_enhanced_several_times():
+    grid = VolumeGrid((2, 16, 12), (2.0, 1.0, 1.0))
+    image = torch.rand(grid.shape, generator=torch.Generator().manual_seed(1))
+    result = enhance(
+        image, grid, "sr", None, GaussianPrior(power_law((32, 24), 0.3)), unit="au", noise=0.1, factor=2, samples=2,
+        device="cpu", workers=1,
+    )  # fmt: skip
+    assert result.uncertainty.std.shape == result.volume.shape == (2, 32, 24)
+    assert float(result.uncertainty.std.max()) > 0
 
 
 def test_spreads_in_hu_have_no_zero_point(tmp_path):

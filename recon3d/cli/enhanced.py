@@ -30,6 +30,10 @@ def enhance(
     recipe: Annotated[str | None, typer.Option(help="Packaged recipe or a YAML file.")] = None,
     prior: Annotated[str | None, typer.Option(help="Packaged prior or a folder.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Runs with other random numbers; of several, mean, standard deviation and 90 % interval."),
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Job file in YAML.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", "-s", help="section.key=value, repeatable.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Discard what the folder holds.")] = False,
@@ -56,6 +60,7 @@ def enhance(
         "recipe": recipe,
         "prior": prior,
         "compute.device": device,
+        "samples": samples,
     }
     job = load_config(config, set_ or (), {key: value for key, value in values.items() if value is not None})
     if job.input.operator == "none":
