@@ -192,8 +192,8 @@ def descend(
     _descending("descend", sigmas)
     if correctors < 0:
         raise ValueError(f"descend: correctors must not be negative, got {correctors}")
-    if heun and (stale or data_at == "corrected"):
-        raise ValueError("descend: Heun's two visits must see the same data; use data_at every or steps, and not stale")
+    if heun and (correctors or data_at == "corrected"):
+        raise ValueError("descend: Heun's two visits must see the same data; use data_at every or steps, no correctors")
     levels: list[Level] = []
     ends = [*sigmas[1:], 0.0]
     for sigma, following in zip(sigmas, ends, strict=True):

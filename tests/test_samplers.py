@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -27,6 +28,9 @@ from bench.samplers import (
 )  # fmt: skip
 from recon3d import noise
 from recon3d.dormand_prince import Adaptive, DormandPrince
+from recon3d.engine.checkpoint import Checkpoint
+from recon3d.engine.executor import Executor, Interrupted
+from recon3d.engine.job import solve
 from recon3d.engine.loop import Start, begin, run
 from recon3d.priors.gaussian import cosine_basis
 from recon3d.priors.paths import EDM, VE, VP, RectifiedFlow, VPContinuous, from_denoiser, to_denoiser
@@ -283,7 +287,7 @@ def test_a_start_at_an_intermediate_level_forgets_its_image():
 
 
 WAYS = {
-    "heun": (descend(karras(4, HIGH, LOW), correctors=1, heun=True), Heun()),
+    "heun": (descend(karras(6, HIGH, LOW), heun=True), Heun()),
     "rk45": integrator(3e-2),
     "travel": (time_travel(descend(karras(6, HIGH, LOW)), 2, 2), Ancestral()),
     "em": (descend(karras(5, HIGH, LOW)), EulerMaruyama("vp")),
@@ -301,6 +305,20 @@ def test_resumes_to_the_same_bits_between_any_two_visits(name):
             pass
         assert torch.equal(saved.u, whole) and saved.index == calls, f"differs when resumed after visit {level.index}"
     assert not state.duals  # nothing stays behind a finished run
+
+
+@pytest.mark.parametrize("name", ["heun", "rk45"])
+def test_an_interrupted_job_goes_on_from_its_file(tmp_path, name):
+    """The checkpoint holds what a step of several visits carries; the run is stopped after every single visit."""
+    job = sampling(gaussian(), (DEPTH, *SHAPE), *WAYS[name], dtype=torch.float32)
+    with Executor(workers=1) as executor:
+        whole = solve(job, executor).volume
+    done, attempts = None, 0
+    while done is None:
+        attempts += 1
+        with Executor(workers=1) as executor, contextlib.suppress(Interrupted):
+            done = solve(job, executor, store=Checkpoint(tmp_path / "state", {"job": name}), stop=lambda: True)
+    assert attempts == finish(job)[1] and torch.equal(done.volume, whole)
 
 
 def test_expected_visits_of_an_adaptive_run():
@@ -357,6 +375,7 @@ def test_visits_in_the_wrong_order_are_refused():
         (lambda: Adaptive(1.0, 2.0), "sigma_min < sigma_max"),
         (lambda: EulerMaruyama("edm"), "clock must be"),
         (lambda: descend([2.0, 1.0], heun=True, data_at="corrected"), "same data"),
+        (lambda: descend([2.0, 1.0], heun=True, correctors=1), "correctors"),
         (lambda: time_travel(descend([2.0, 1.0]), 0, 1), "length >= 1"),
         (lambda: time_travel(descend([2.0, 1.0], correctors=1), 1, 1), "plain steps"),
     ],

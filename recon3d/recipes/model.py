@@ -304,8 +304,8 @@ class Recipe(_Section):
         kind, c, t = self.renoise.kind, self.consistency, self.trajectory
         if kind not in ("heun", "rk45"):
             return
-        if t.grid == "sweeps" or t.travel_repeats or t.stale_correctors or t.data_at == "corrected":
-            raise ValueError(f"renoise {kind} takes no sweeps, time travel, stale correctors or data_at corrected")
+        if t.grid == "sweeps" or t.travel_repeats or t.correctors or t.data_at == "corrected":
+            raise ValueError(f"renoise {kind} takes no sweeps, time travel, correctors or data_at corrected")
         if c.kind != "none" and c.on == "iterate":
             raise ValueError(f"renoise {kind} needs consistency on estimate; a changed state leaves the flow")
         if c.kind == "gradient" and c.step != "curvature":
@@ -316,8 +316,8 @@ class Recipe(_Section):
             raise ValueError(
                 f"renoise {kind} needs the same planes at every visit; set planes.kind to axial or averaged"
             )
-        if kind == "rk45" and (t.correctors or c.kind == "em" or self.regulariser.kind != "none"):
-            raise ValueError("renoise rk45 may take a step again, so it goes without correctors, EM and regularisers")
+        if kind == "rk45" and (c.kind == "em" or self.regulariser.kind != "none"):
+            raise ValueError("renoise rk45 may take a step again, so it goes without EM and regularisers")
 
     def resolved(self) -> Recipe:
         """The recipe that runs: with the published values put in where compat asks for them."""
