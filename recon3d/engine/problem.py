@@ -151,7 +151,7 @@ def load_problem(config: JobConfig, events: Events) -> Problem:
 
     if config.prior is None:
         raise ConfigError("prior: none is named; resolve the job first")
-    named = {"": config.prior, **config.priors}
+    named = dict([("", config.prior), *config.priors.items()])
     folders = [find_prior(name) for name in named.values()]
     scan = load_scan(config, events)
     found = [file for folder in folders for file in sorted(folder.glob("*"))]
