@@ -361,8 +361,8 @@ def enhance(
         image: [z, y, x] in `unit`.
         grid: its grid.
         operator: A: "identity", "sr" (means of blocks of finer voxels) or "blur".
-        recipe: a packaged recipe ("ddnm_plus", "ddnm", "dps_image", ...), a YAML file, or a Recipe; None takes
-            ddnm_plus, without noise ddnm.
+        recipe: a packaged recipe ("image", "ddnm_plus", "ddnm", "dps_image", ...), a YAML file, or a Recipe; None takes
+            "image", without noise "ddnm".
         prior: a packaged prior, a folder, or any object with `denoise`, `offset` and `scale`; None takes "mr" for
             arbitrary units, else "ct". For images in arbitrary units a network unit is the 99.9th percentile.
         unit: "hu", "per_mm" (attenuation in 1/mm) or "au" (arbitrary, such as a magnitude of MR).
@@ -387,7 +387,7 @@ def enhance(
     degradation = Degradation(operator, factor, factor_z, blur_mm, blur_kind)
     water = (output or OutputConfig()).mu_water_per_mm or MU_WATER_PER_MM
     scan = prepare_image(image, grid, degradation, values=unit, noise=noise, mu_water_per_mm=water, device=place)
-    recipe = recipe or ("ddnm" if noise is None else "ddnm_plus")
+    recipe = recipe or ("ddnm" if noise is None else "image")
     problem = Problem(
         scan=scan,
         recipe=recipe if isinstance(recipe, Recipe) else load_recipe(recipe),

@@ -230,3 +230,44 @@ def test_bad_input():
         tune(lambda s: y, y, [1e-3, 1e-4])
     with pytest.raises(ValueError, match=r"tune: strength 0\.000316228 gave the score nan"):
         tune(lambda s: y * math.nan, y)
+
+
+def test_a_deep_image_prior_stops_at_the_noise():
+    from recon3d.baselines import dip
+    from recon3d.operators.image import BlockMean, SameImage
+
+    rows, columns = torch.meshgrid(torch.arange(48), torch.arange(40), indexing="ij")
+    truth = (100 + 80 * (((rows - 20) ** 2 + (columns - 18) ** 2) < 150).float()).expand(2, 48, 40)
+    noise = 25 * torch.randn(2, 48, 40, generator=torch.Generator().manual_seed(0))
+    y = truth + noise
+    before = torch.random.get_rng_state()
+    x = dip(y, SameImage((2, 48, 40)), 25.0, iterations=120, width=8)
+    assert torch.equal(torch.random.get_rng_state(), before)  # nothing global is drawn
+    assert float((x - truth).std()) < 0.6 * 25
+    # the misfit is the noise's, not less
+    assert 0.85 * 25 < float((x - y).std()) < 1.3 * 25
+    assert torch.equal(x, dip(y, SameImage((2, 48, 40)), 25.0, iterations=120, width=8))
+    # a slice does not depend on its neighbours but by its number
+    coarse = BlockMean((2, 48, 40), (1, 4, 4))
+    x = dip(coarse(truth), coarse, None, iterations=60, width=8)
+    assert x.shape == truth.shape and float((coarse(x) - coarse(truth)).std()) < 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"iterations": 0}, "must be positive"),
+        ({"sigma": -1.0}, "must be positive"),
+        ({"shape": (2, 8, 9)}, "operator's range"),
+        ({"block": (2, 2, 2)}, "couples slices"),
+    ],
+)
+def test_a_deep_image_prior_refuses(settings, sentence):
+    from recon3d.baselines import dip
+    from recon3d.operators.image import BlockMean
+
+    settings = dict(settings)
+    block = settings.pop("block", (1, 2, 2))
+    shape = settings.pop("shape", (2, 4, 4) if block[0] == 1 else (1, 4, 4))
+    with pytest.raises(ValueError, match=sentence):
+        dip(torch.zeros(shape), BlockMean((2, 8, 8), block), **settings)

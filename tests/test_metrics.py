@@ -10,7 +10,7 @@ from skimage import metrics as oracle
 
 from recon3d.geometry import VolumeGrid
 from recon3d.io import demo_volume_path, read_nifti
-from recon3d.metrics import PLANES, compare, data_fit, nmse, psnr, rmse, ssim, through_plane
+from recon3d.metrics import PLANES, compare, data_fit, nmse, psnr, rmse, ssim, through_plane, vif
 
 GRID = VolumeGrid((9, 20, 31), (5.0, 1.0, 1.0))
 
@@ -172,3 +172,59 @@ def test_three_planes_of_a_chest_in_seconds():
     assert ssim(hu[0][None], hu[1][None], 2000.0)[0] == pytest.approx(
         oracle.structural_similarity(*hu, data_range=2000.0), abs=1e-4
     )
+
+
+def _piq():
+    """piq, which imports torchvision for what is not asked of it here."""
+    import importlib.util
+    import sys
+    from unittest.mock import MagicMock, patch
+
+    if importlib.util.find_spec("piq") is None:
+        pytest.skip("piq is not installed")
+    names = ["torchvision", "torchvision.models", "torchvision.models.inception", "torchvision.transforms"]
+    missing = {} if importlib.util.find_spec("torchvision") else {name: MagicMock() for name in names}
+    with patch.dict(sys.modules, missing):
+        import piq
+    return piq
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0, 20.0])
+@pytest.mark.parametrize("shape", [(2, 41, 41), (1, 83, 97)], ids=str)
+def test_vif_is_piqs(shape, noise):
+    x, r = pair(3, shape, noise)
+    low = min(x.min(), r.min())  # piq takes no negative values
+    x, r = ((a - low) / (max(x.max(), r.max()) - low) * 255 for a in (x, r))
+    got = vif(x, r, 255.0)
+    for k in range(shape[0]):
+        one = [torch.tensor(a[k], dtype=torch.float64)[None, None].clamp(0, 255) for a in (x, r)]
+        assert abs(got[k] - float(_piq().vif_p(*one, data_range=255.0))) < 1e-6
+
+
+def test_vif_falls_with_blur_and_noise_and_knows_no_unit():
+    volume, _ = read_nifti(demo_volume_path())
+    r = volume[20:21, 60:160, 60:160].numpy().astype(np.float64)
+    noisy = r + 60 * np.random.default_rng(0).normal(size=r.shape)
+    noisier = r + 200 * np.random.default_rng(0).normal(size=r.shape)
+    soft = np.stack([sum(np.roll(r[0], s, 1) for s in range(-2, 3)) / 5])
+    assert vif(r, r, 2000.0)[0] == pytest.approx(1, abs=1e-6)
+    assert 1 > vif(noisy, r, 2000.0)[0] > vif(noisier, r, 2000.0)[0] > 0 and vif(soft, r, 2000.0)[0] < 0.7
+    assert vif(3 * noisy + 7, 3 * r + 7, 6000.0) == pytest.approx(vif(noisy, r, 2000.0), rel=1e-9)
+    # contrast that was raised counts for more than what was there
+    assert vif(1.3 * r, r, 2000.0)[0] > 1
+    flat = np.zeros((1, 50, 50))
+    assert vif(flat, flat, 1.0)[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("x", "r", "scale", "sentence"),
+    [
+        (np.zeros((1, 40, 60)), np.zeros((1, 40, 60)), 1.0, "at least 41 pixels"),
+        (np.zeros((1, 50, 60)), np.zeros((1, 50, 61)), 1.0, "one shape"),
+        (np.zeros((50, 60)), np.zeros((50, 60)), 1.0, "slice, row, col"),
+        (np.zeros((1, 50, 60)), np.zeros((1, 50, 60)), 0.0, "data_range"),
+    ],
+)
+def test_vif_refuses(x, r, scale, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        vif(x, r, scale)

@@ -15,7 +15,7 @@ def test_the_packaged_recipes():
     ct = {"ct", "dds", "dds_iscs", "dds_tv", "diffusionmbir"}
     pet = {"pet", "pet_dds", "pet_dps", "pet_ls", "pet_naive"}
     mri = {"mri", "ddnm_mri", "dds_mri", "dds_mri_tv", "score_mri"}
-    images = {"ddnm", "ddnm_plus", "dps_image", "ilvr"}
+    images = {"image", "ddnm", "ddnm_plus", "dps_image", "ilvr"}
     assert set(recipe_names()) == ct | pet | mri | images | {"posterior", "sample"}
 
 
@@ -27,7 +27,7 @@ def test_a_recipe_says_where_it_comes_from(name):
     if recipe.published:
         assert recipe.provenance.arxiv and len(recipe.provenance.differs) > 100
     else:
-        assert name in ("ct", "mri", "pet", "pet_ls", "posterior", "sample")
+        assert name in ("ct", "image", "mri", "pet", "pet_ls", "posterior", "sample")
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -35,7 +35,7 @@ def prior(shape=FINE.slice_shape, spread=1.0):
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["ddnm_plus", "ddnm", "ilvr", "dps_image"])
+@pytest.mark.parametrize("recipe", ["image", "ddnm_plus", "ddnm", "ilvr", "dps_image"])
 @pytest.mark.parametrize("operator", ["identity", "sr", "blur"])
 def test_every_recipe_takes_every_operator(recipe, operator):
     settings = {"identity": {}, "sr": {"factor": 2}, "blur": {"blur_mm": (0.0, 2.0, 2.0)}}[operator]
@@ -195,7 +195,7 @@ def test_super_resolution_from_the_command_line(coarse, tmp_path, capsys):
     back = volume.reshape(3, 8, 2, 12, 2).mean((2, 4))
     assert float((back - image).std()) < 0.6 * float(image.std())
     manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["modality"] == "image" and manifest["recipe"]["name"] == "ddnm_plus"
+    assert manifest["modality"] == "image" and manifest["recipe"]["name"] == "image"
     assert manifest["grid"]["shape"] == [3, 16, 24] and str(coarse) in manifest["inputs"]["files"]
     # recon with the resolved job is the same job
     again = ["recon", "-c", str(out / "config.resolved.yaml"), "-o", str(tmp_path / "again"), "-q"]
@@ -209,7 +209,7 @@ def test_a_picture_and_the_noise_of_an_image_that_does_not_state_it(coarse, tmp_
                 "-s", "recipe.trajectory.levels=2"]) == 0  # fmt: skip
     assert (out / "preview.png").stat().st_size > 1000
     said = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
-    assert json.loads((out / "manifest.json").read_text())["recipe"]["name"] == "ddnm_plus" and said
+    assert json.loads((out / "manifest.json").read_text())["recipe"]["name"] == "image" and said
 
 
 def test_an_image_in_arbitrary_units_takes_the_mr_prior(tmp_path):

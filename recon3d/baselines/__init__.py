@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from recon3d.baselines.cg_sense import cg_sense
 from recon3d.baselines.cs import cs, cs_objective, tune_cs
+from recon3d.baselines.dip import dip
 from recon3d.baselines.fbp import fbp
 from recon3d.baselines.osem import mlem, osem
 from recon3d.baselines.osem_rdp import TunedRDP, osem_rdp, osem_rdp_objective, tune_osem_rdp
@@ -19,6 +20,7 @@ __all__ = [
     "cg_sense",
     "cs",
     "cs_objective",
+    "dip",
     "fbp",
     "mlem",
     "osem",

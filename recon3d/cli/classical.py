@@ -34,6 +34,7 @@ _METHODS: dict[Modality, dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]
     },
     "image": {
         "pinv": (lambda y, operator, weights: operator.pinv(y), ()),
+        "dip": (lambda y, operator, weights, **given: _dip(y, operator, weights, **given), ("iterations",)),
     },
 }
 
@@ -44,6 +45,11 @@ def _osem(y: Tensor, operator: LinearOperator, iterations: int = 2, subsets: int
     if rdp:
         return baselines.osem_rdp(y, operator, rdp, iterations, subsets)
     return baselines.osem(y, operator, iterations, subsets)
+
+
+def _dip(y: Tensor, operator: LinearOperator, weights: Tensor | None, iterations: int = 600) -> Tensor:
+    """Deep image prior, stopped at the noise that the weights tell."""
+    return baselines.dip(y, operator, None if weights is None else float(weights) ** -0.5, iterations)
 
 
 def run(method: str, config: JobConfig, output: Path, options: dict[str, Any]) -> float:

@@ -325,7 +325,7 @@ def defaults(config: JobConfig) -> tuple[str, str]:
         if config.prior is None:
             raise ConfigError("input.operator none: the prior alone decides; name a conditional prior")
         return "sample", config.prior
-    recipe = "ddnm" if config.noise.kind == "none" else "ddnm_plus"
+    recipe = "ddnm" if config.noise.kind == "none" else "image"
     return recipe, config.prior or ("mr" if _stated(config, Path(config.input.path)) == "au" else "ct")
 
 
