@@ -18,7 +18,7 @@ import datetime
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def run(quick: bool, device: str) -> list[Row]:
     return []
 
 
-def measure(task: Task, files: dict[str, tuple[str, tuple[int, ...]]] = JUDGED, slices: int | None = None) -> Any:
+def measure(task: Task, files: Mapping[str, tuple[str, tuple[int, ...]]] = JUDGED, slices: int | None = None) -> Any:
     """The task's data from a volume, or None where it is not at hand."""
     name, chosen = files[task.modality]
     root = os.environ.get("RECON3D_DATA") or Path(__file__).parents[2] / "shared" / "data"

@@ -100,7 +100,7 @@ def _fit(
         if float(loss.detach()) <= enough:
             break
         optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimiser.step()
     return mean * scale + shift
 
