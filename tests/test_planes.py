@@ -3,6 +3,7 @@ batches, workers or interruptions; with a Gaussian prior the several planes reac
 
 from __future__ import annotations
 
+import csv
 import shutil
 import time
 
@@ -12,6 +13,7 @@ import survivors
 import torch
 from toys import MatrixOperator
 
+from bench import planes as bench
 from recon3d import noise
 from recon3d.api import resolve
 from recon3d.config import ComputeConfig, JobConfig
@@ -32,6 +34,7 @@ from recon3d.priors.base import ModelCard, check_planes
 from recon3d.priors.complex import RealImaginaryPrior, TwoChannelPrior, complex_prior
 from recon3d.priors.gaussian import GaussianPrior, cosine_basis, power_law
 from recon3d.priors.per_plane import PerPlane
+from recon3d.recipes import load_recipe
 from recon3d.recipes.model import PlanesSection, Recipe
 from recon3d.renoise import DDIM, Renoise
 from recon3d.trajectory import Level, descend, karras
@@ -564,3 +567,35 @@ def test_time_is_of_the_planes_that_are_seen():
     found = plan.predict(problem, ComputeConfig(workers=1)).seconds_by["network"]
     # rows of an axial slice run along y, of the others along z
     assert found == pytest.approx(2 * 2e-3 * (nz * ny + ny * nz + nx * nz), rel=0.5)
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def test_the_bench_compares_recipes_that_exist_and_keeps_its_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RECON3D_PRIORS", str(tmp_path))
+    for modality, recipe in (("ct", "ct"), ("mr", "mri")):
+        names = [method.name for method in bench.methods(modality)]
+        assert len(set(names)) == len(names) and names[0] == "axial"
+        for method in bench.methods(modality):
+            load_recipe(recipe, method.changes)
+    shown = {"psnr_db": 30.0, "ssim": 0.9}
+    result = {
+        "volume": {"rmse": 1.0},
+        "through_plane": {"error": 0.5, "ratio": 1.1},
+        **dict.fromkeys(bench.PLANES, shown),
+    }
+
+    class Done:
+        volume = None
+
+    case = bench.Case("toy", "ct", "ct", lambda x: result, lambda recipe, prior: Done())
+    found = [bench.measured(case, method, True) for method in bench.methods("ct")]
+    assert "triplets is left out, there is no prior ct_triplet" in capsys.readouterr().out
+    kept = [row for row in found if row is not None]
+    assert [row["method"] for row in kept][:2] == ["axial", "axial, TV"] and len(kept) == 8
+    bench.record(case, kept, tmp_path)
+    with (tmp_path / "planes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 and rows[0]["axial_ssim"] == "0.9000" and rows[0]["along_z_ratio"] == "1.1000"
+    assert "| axial | 30.00 / 0.9000 |" in bench.table(case, kept)
