@@ -127,7 +127,7 @@ def mri(quick: bool, device: str, acceleration: int = 4) -> Case | None:
     head, grid = left_out_head(path, (44, 224, 192))
     if quick:
         head, grid = head[19:25, 48:176, 32:160].contiguous(), VolumeGrid((6, 128, 128), grid.spacing_mm)
-    shape = tuple(head.shape)
+    shape = grid.shape
     operator = CartesianMRI(equispaced(shape[2], acceleration, 0.08, seed=1), coil_maps(COILS, shape))
     noise = GaussianNoise(NOISE * float(np.percentile(head.numpy(), 99.9)))
     y = simulate_mri(head * smooth_phase(shape, seed=5, turns=1.0), operator, noise=noise, seed=1)
