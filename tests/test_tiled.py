@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from recon3d import cli
 from recon3d.engine.executor import Executor
 from recon3d.priors import ModelCard, load_prior
 from recon3d.priors.base import differentiable
 from recon3d.priors.checkpoints import write_folder
 from recon3d.priors.network_prior import NetworkPrior
-from recon3d.priors.networks import UNet, UNetConfig
+from recon3d.priors.networks import ADM, ADMConfig, UNet, UNetConfig
 from recon3d.priors.positions import positions
 from recon3d.priors.tiled import TiledPrior, cover
 
@@ -215,3 +216,13 @@ def test_a_card_or_the_caller_asks_for_patches(tmp_path):
 def test_numbers_out_of_range(settings, words):
     with pytest.raises(ValueError, match=words):
         TiledPrior(Blur(), *settings)
+
+
+def test_a_converted_network_of_one_size_serves_larger_slices(tmp_path):
+    torch.manual_seed(0)
+    torch.save(ADM(ADMConfig(model_channels=32, channels=(32, 64), head_channels=32)).state_dict(), tmp_path / "m.pt")
+    how = ["--range", "0", "1", "--values", "0", "0.04", "--unit", "1/mm", "--head-channels", "32", "--patch", "32"]
+    assert cli.run(["weights", "convert", str(tmp_path / "m.pt"), str(tmp_path / "p"), *how]) == 0
+    prior = load_prior(tmp_path / "p")
+    assert isinstance(prior, TiledPrior) and prior.patch == 32
+    assert prior.denoise(torch.zeros(1, 1, 50, 70), 0.01).shape == (1, 1, 50, 70)

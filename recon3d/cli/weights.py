@@ -84,6 +84,9 @@ def convert(
     positions: Annotated[
         bool, typer.Option("--positions", help="The last two input channels say where a pixel lies (PaDIS).")
     ] = False,
+    patch: Annotated[
+        int | None, typer.Option(min=16, help="Side of the patches it was trained on and is to see.")
+    ] = None,
     licence: Annotated[str, typer.Option(help="Of the weights.")] = "",
     head_channels: HeadChannels = None,
     heads: Heads = None,
@@ -110,6 +113,7 @@ def convert(
         "value_range": (min(values), max(values)),
         "licence": licence,
         "positions": positions,
+        "patch": patch,
         **_path(schedule, sigma_max, beta_max, prediction),
     }
     options = _options(head_channels, heads, new_attention_order, centered, longest_period, time_scale)
