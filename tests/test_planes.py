@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -552,21 +551,21 @@ def test_calls_are_counted_by_plane():
     assert 4 * (nz // 3) <= groups <= 4 * (nz // 3 + 1)
 
 
-def test_time_is_of_the_planes_that_are_seen():
-    """A prior that sleeps as many milliseconds as a view has columns: the plan adds up what the planes cost."""
+def test_time_is_of_the_planes_that_are_seen(monkeypatch):
+    """The seconds of a view of each plane times their number; and every plane is probed with slices of its own shape."""
+    shown = Named(0.5)
+    problem = _with(shown, kind="averaged")
+    probed = plan._probe_prior
 
-    class Sleeps(Alike):
-        def denoise(self, u, sigma, cond=None):
-            time.sleep(2e-3 * u.shape[-2])
-            return u
+    def known(problem, compute, flight, workers, timed, axis):
+        probed(problem, compute, flight, workers, timed, axis)
+        return 1000 * (axis + 1), 10.0**-axis
 
-    scan = CTScan(y=survivors.sinogram(), geometry=survivors.SCAN, grid=survivors.GRID)
-    recipe = Recipe.model_validate({"trajectory": {"levels": 2}, "planes": {"kind": "averaged"}})
-    problem = Problem(scan=scan, recipe=recipe, prior=Sleeps())
+    monkeypatch.setattr(plan, "_probe_prior", known)
     nz, ny, nx = survivors.GRID.shape
-    found = plan.predict(problem, ComputeConfig(workers=1)).seconds_by["network"]
-    # rows of an axial slice run along y, of the others along z
-    assert found == pytest.approx(2 * 2e-3 * (nz * ny + ny * nz + nx * nz), rel=0.5)
+    activations, seconds = plan._probe(problem, ComputeConfig(workers=1), 1, 1, True, 2)
+    assert activations == 3000 and seconds["network"] == pytest.approx(2 * (nz + 0.1 * ny + 0.01 * nx))
+    assert shown.shown == {(ny, nx), (nz, nx), (nz, ny)}
 
 
 # ---------------------------------------------------------------- the comparison
