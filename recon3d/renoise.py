@@ -141,6 +141,11 @@ class EulerMaruyama:
         else:
             unit = self.scale**2
             v = (unit + sigma**2) * math.log((unit + sigma**2) / (unit + sigma_next**2))
+        if v > 2 * sigma**2:  # then what is left of the noise grows from step to step instead
+            raise ValueError(
+                f"EulerMaruyama: a step from sigma {sigma:.3g} to {sigma_next:.3g} is too long; take more levels, or "
+                "levels of equal ratio (trajectory.grid geometric)"
+            )
         return (1 - v / sigma**2) * sigma / sigma_next, math.sqrt(v) / sigma_next
 
 

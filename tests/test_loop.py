@@ -449,6 +449,12 @@ def test_settings_that_do_not_go_together_get_a_sentence(name, overrides, messag
         load_recipe(name, {k.replace("__", "."): v for k, v in overrides.items()}).resolved()
 
 
+def test_a_step_too_long_for_euler_maruyama_is_told_before_the_run():
+    with pytest.raises(ValueError, match="take more levels"):
+        a_job("sample", renoise__kind="em", trajectory__levels=5)
+    assert reconstruct(a_job("sample", renoise__kind="em", trajectory__levels=12)).isfinite().all()
+
+
 def test_time_travel_by_settings():
     job = a_job("dds", trajectory__levels=9, trajectory__travel_length=4, trajectory__travel_repeats=2)
     assert len(job.trajectory) == 9 + 2 * 4 * 2

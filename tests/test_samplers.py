@@ -290,7 +290,7 @@ WAYS = {
     "heun": (descend(karras(6, HIGH, LOW), heun=True), Heun()),
     "rk45": integrator(3e-2),
     "travel": (time_travel(descend(karras(6, HIGH, LOW)), 2, 2), Ancestral()),
-    "em": (descend(karras(5, HIGH, LOW)), EulerMaruyama("vp")),
+    "em": (descend(karras(10, HIGH, LOW)), EulerMaruyama("vp")),
 }
 
 
@@ -374,6 +374,7 @@ def test_visits_in_the_wrong_order_are_refused():
         (lambda: DormandPrince(0.0, 0.0, 0.0, 0.1), "both 0"),
         (lambda: Adaptive(1.0, 2.0), "sigma_min < sigma_max"),
         (lambda: EulerMaruyama("edm"), "clock must be"),
+        (lambda: EulerMaruyama("ve").weights(3.0, 1.0), "too long"),
         (lambda: descend([2.0, 1.0], heun=True, data_at="corrected"), "same data"),
         (lambda: descend([2.0, 1.0], heun=True, correctors=1), "correctors"),
         (lambda: time_travel(descend([2.0, 1.0]), 0, 1), "length >= 1"),

@@ -239,7 +239,11 @@ def _rule(recipe: Recipe, prior: Prior) -> Rule:
     if r.kind == "ancestral":
         return Ancestral(r.variance, std)
     if r.kind == "em":
-        return EulerMaruyama(r.clock, scale)
+        rule = EulerMaruyama(r.clock, scale)
+        for level in levels(recipe.trajectory, scale):
+            if level.down:
+                rule.weights(level.sigma, level.down)  # a step too long is told before the run
+        return rule
     if r.kind == "heun":
         return Heun()
     if r.kind == "rk45":
