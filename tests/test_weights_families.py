@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from recon3d.io import BadInput
 from recon3d.priors import load_prior
-from recon3d.priors.checkpoints.convert import convert, inspect
+from recon3d.priors.checkpoints.convert import FAMILIES, convert, inspect
 from recon3d.priors.networks import ADM, ADMConfig, EDMUNet, EDMUNetConfig, NCSNpp, UNet2D, UNet2DConfig
 from recon3d.priors.networks.edm_unet import edm_unet_config
 from recon3d.priors.networks.unet2d import unet2d_config
@@ -754,6 +755,44 @@ def published(family, folder, change=dict):
     state = unet2d_folder(folder / "model", DIFFUSERS["usual"])
     unet2d_folder(folder / "model", DIFFUSERS["usual"], tensors=change(state))
     return folder / "model", {}
+
+
+# without these names a network seems to be another one
+STRUCTURAL = {
+    "adm": ["input_blocks.0.0.weight", "middle_block.1.qkv.weight", "output_blocks.1.2.in_layers.0.weight"],
+    "ncsnpp": ["all_modules.0.W", "all_modules.6.Conv_2.weight", "all_modules.15.NIN_0.W"],
+    "pet": ["input_blocks.0.0.weight", "output_blocks.2.2.conv.weight"],
+    "edm": ["model.enc.32x32_block0.conv1.weight", "model.dec.32x32_aux_conv.weight", "model.map_noise_layer"],
+    "unet2d": ["conv_in.weight", "mid_block.attentions.0.group_norm.weight", "down_blocks.1.resnets.0.conv1.weight"],
+}
+
+
+@pytest.mark.parametrize("family", STRUCTURAL)
+def test_a_renamed_tensor_that_tells_the_structure_is_named(family, tmp_path):
+    for k, name in enumerate(STRUCTURAL[family]):
+        (tmp_path / str(k)).mkdir()
+
+        def change(state, name=name):
+            # moved to a name that no layer has; where there is no such tensor, one too many
+            return {(f"{n}_" if n == name else n): t for n, t in state.items()} | (
+                {} if name in state else {name + "_": torch.ones(2)}
+            )
+
+        path, options = published(family, tmp_path / str(k), change)
+        with pytest.raises(BadInput, match=re.escape(f"{name.removeprefix('model.')}_")):
+            convert(path, tmp_path / "prior", {"name": "x"}, **options)
+    assert not (tmp_path / "prior").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_of_a_family_is_known_to_it(family):
+    nets = {
+        "pet": [ADM(PET)], "adm": [ADM(c) for c in CONFIGS.values()], "ncsnpp": [NCSNpp(c) for c in NCSNPP.values()],
+        "edm": [EDMUNet(c) for c in EDM.values()],
+        "unet2d": [UNet2D(unet2d_config({}, settings=s)) for s in DIFFUSERS.values()],
+    }[family]  # fmt: skip
+    names = [name for net in nets for name in net.state_dict()]
+    assert [name for name in names if not re.fullmatch(FAMILIES[family].names, name)] == []
 
 
 VICTIM = {

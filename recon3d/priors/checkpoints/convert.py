@@ -39,6 +39,7 @@ class Family:
         title: what it is called.
         network: the family of its network in a card.
         told: a pattern of names that every one of the family has, and no family after it.
+        names: a pattern of every name that the family uses.
         config: shapes and what they do not tell -> architecture for the card.
         options: names of what shapes do not tell.
         card: fields of the card that all of the family share, where nothing beside the weights says otherwise.
@@ -48,6 +49,7 @@ class Family:
     title: str
     network: str
     told: str
+    names: str
     config: Callable[..., Any]
     options: tuple[str, ...]
     card: Mapping[str, Any]
@@ -64,12 +66,30 @@ def _pet(tensors: Tensors) -> Tensors:
     return {name: -tensor if name.startswith("out.2.") else tensor for name, tensor in named.items()}
 
 
+# layers of a block of guided diffusion
+_STEP = r"(op|conv|norm|qkv|proj_out|skip_connection|in_layers\.[02]|emb_layers\.1|out_layers\.[03])"
+_ADM_NAMES = (
+    rf"(time_embed\.[02]|out\.[02]|input_blocks\.0\.0|((in|out)put_blocks\.\d+|middle_block)\.\d\.{_STEP})"
+    r"\.(weight|bias)"
+)
+_NCSNPP_NAMES = r"all_modules\.\d+\.(W|((GroupNorm_[01]|Conv_[0-2]|Dense_0|Conv2d_0)\.)?(weight|bias)|NIN_[0-3]\.[Wb])"
+_EDM_NAMES = (
+    r"(map_(layer[01]|label|augment)|out_(norm|conv))\.(weight|bias)|map_noise\.freqs|(enc|dec)\.\d+x\d+_"
+    r"(conv|down|up|in[01]|block\d+|aux_(down|skip|residual|up|norm|conv))(\.(norm[0-2]|conv[01]|affine|skip|qkv|proj))?"
+    r"\.(weight|bias|resample_filter)"
+)
+_UNET2D_NAMES = (
+    r"(conv_(in|out|norm_out)|time_embedding\.linear_[12]|((down|up)_blocks\.\d+|mid_block)\.("
+    r"resnets\.\d+\.(norm[12]|conv[12]|time_emb_proj|conv_shortcut)|attentions\.\d+\.(group_norm|to_[qkv]|to_out\.0)|"
+    r"(down|up)samplers\.0\.conv))\.(weight|bias)"
+)
 _ADM = ("head_channels", "heads", "legacy_attention", "longest_period")
 FAMILIES: dict[str, Family] = {
     "pet": Family(
         "score model of PET",
         "adm",
         r"input_blocks\.\d+\.0\.out_layers\.2\.weight",
+        _ADM_NAMES,
         adm_config,
         _ADM,
         noise_fields("vp_continuous", {"beta_min": 0.1, "beta_max": 10.0}, "eps"),
@@ -78,7 +98,8 @@ FAMILIES: dict[str, Family] = {
     "adm": Family(
         "guided diffusion (ADM)",
         "adm",
-        r"input_blocks\.0\.0\.weight",
+        r"input_blocks\.(0\.0|\d+\.0\.in_layers\.0)\.weight",
+        _ADM_NAMES,
         adm_config,
         _ADM,
         {"path": "vp", "prediction": "eps", "sigma_range": (0.0101, 157.3)},
@@ -86,7 +107,8 @@ FAMILIES: dict[str, Family] = {
     "ncsnpp": Family(
         "NCSN++ (score_sde)",
         "ncsnpp",
-        r"all_modules\.0\.W",
+        r"all_modules\.(0\.W|\d+\.Dense_0\.weight)",
+        _NCSNPP_NAMES,
         ncsnpp_config,
         ("centered",),
         {"path": "ve", "prediction": "score", "sigma_range": (0.01, 378.0)},
@@ -95,6 +117,7 @@ FAMILIES: dict[str, Family] = {
         "EDM",
         "edm",
         r"(enc|dec)\.\d+x\d+_block0\.conv0\.weight",
+        _EDM_NAMES,
         edm_unet_config,
         ("called", "label", "vp_steps"),
         {**noise_fields("edm", {}, "edm"), "sigma_data": 0.5},
@@ -103,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         "diffusers UNet2DModel",
         "unet2d",
         r"(down|up)_blocks\.0\.resnets\.0\.conv1\.weight",
+        _UNET2D_NAMES,
         unet2d_config,
         ("head_channels", "time_scale", "settings"),
         {"path": "vp", "prediction": "eps", "sigma_range": (0.0101, 157.3)},
@@ -190,7 +214,14 @@ def _config(family: Family, tensors: Tensors, published: Published, options: Map
         why = f"its shapes make no {family.title} network ({where}: {first['msg']})"
         raise BadInput(path, why, "is it the right file?") from None
     except (ValueError, TypeError, IndexError, ArithmeticError) as error:
-        raise BadInput(path, str(error), "the names of a published checkpoint are expected") from None
+        hint = _odd_name(family, tensors) or "the names of a published checkpoint are expected"
+        raise BadInput(path, str(error), hint) from None
+
+
+def _odd_name(family: Family, tensors: Tensors) -> str | None:
+    """A hint at a tensor whose name the family does not use; a renamed one may make another seem to be missing."""
+    odd = next((name for name in tensors if not re.fullmatch(family.names, name)), None)
+    return odd and f"{family.title} has no tensor named {odd}: was it renamed?"
 
 
 def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **options: Any) -> ModelCard:
@@ -235,5 +266,9 @@ def convert(path: str | Path, folder: str | Path, card: Mapping[str, Any], **opt
         where = ".".join(map(str, first["loc"])) or "card"
         raise ValueError(f"{where}: {first['msg']}") from None
     state = {name: tensor.float() for name, tensor in found.tensors.items()}
-    build_network(made, state, path)
+    try:
+        build_network(made, state, path)
+    except BadInput as error:
+        hint = _odd_name(FAMILIES[found.family], found.tensors)
+        raise (BadInput(error.path, error.why, hint) if hint else error) from None
     return write_folder(target, made, state, torch.float32)
