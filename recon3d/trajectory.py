@@ -176,6 +176,7 @@ def descend(
     stale: bool = False,
     data_at: Literal["every", "steps", "corrected"] = "every",
     heun: bool = False,
+    polish: bool = False,
 ) -> list[Level]:
     """One pass down a grid, ending at zero noise.
 
@@ -188,6 +189,7 @@ def descend(
         data_at: where the measurement enters: at every visit, at steps, or once per level after its correctors.
         heun: two visits a step, "predict" at its beginning and "refine" at its end, as one formula of second order; the
             step to zero, where the slope is not defined, stays a single visit.
+        polish: the last visit goes without the data, so that its estimate is the result.
     """
     _descending("descend", sigmas)
     if correctors < 0:
@@ -206,7 +208,7 @@ def descend(
             reached = sigma if stale and kind == "correct" else following
             began = sigma * scale if kind == "refine" else 0.0
             levels.append(Level(len(levels), seen * scale, reached * scale, False, data, kind, began=began))
-    return [*levels[:-1], Level(levels[-1].index, levels[-1].sigma, 0.0, True, levels[-1].data, "step")]
+    return [*levels[:-1], replace(levels[-1], sigma_next=0.0, last=True, data=levels[-1].data and not polish)]
 
 
 def time_travel(levels: Sequence[Level], length: int, repeats: int) -> list[Level]:

@@ -208,7 +208,7 @@ def test_memory_and_time_are_told_without_projecting_everything():
     problem = Problem(scan=start, recipe=load_recipe("pet", small), prior=prior())
     found = plan.predict(problem, ComputeConfig(workers=1), picture=True)
     assert found.seconds > 0 and found.levels == plan._visits(problem)
-    assert plan._projections(load_recipe("pet_dds")) == pytest.approx(5 / 28)
+    assert plan._projections(load_recipe("pet_dds")) == pytest.approx(5 / 7)
     guided = Problem(scan=start, recipe=load_recipe("pet_dps", small), prior=prior())
     assert plan.predict(guided, ComputeConfig(workers=1)).seconds_by["network"] > 0
 
@@ -232,7 +232,7 @@ def test_a_guide_reaches_the_prior():
         made.prompts, GEOMETRY, made.factors, made.additive, GRID, small, Guided(), scale=made.scale, guide=guide,
         workers=1,
     )  # fmt: skip
-    assert seen.count(3.0) == 2 * GRID.shape[0]
+    assert seen.count(3.0) == 3 * GRID.shape[0]  # two levels and the polish
     assert "guide" in prepared(guide=guide).digests() and "guide" not in prepared().digests()
 
 

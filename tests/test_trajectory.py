@@ -5,7 +5,9 @@ import math
 
 import pytest
 
+from recon3d.engine.assemble import levels as assembled_levels
 from recon3d.priors.paths import VP
+from recon3d.recipes.model import TrajectorySection
 from recon3d.trajectory import descend, geometric, karras, sweeps, vp_times
 
 
@@ -56,6 +58,12 @@ def test_correctors_stay_at_the_level_reached():
         ("step", 1.0, 0.0, True),
     ]
     assert [x.data for x in descend([2.0, 1.0], correctors=1, data_at="steps")] == [True, False, True]
+
+
+def test_a_polish_ends_without_the_data():
+    section = TrajectorySection(levels=2, sigma_max=2.0, sigma_min=1.0, polish=0.25)
+    found = [(x.sigma, x.sigma_next, x.data, x.last) for x in assembled_levels(section, scale=2.0)]
+    assert found == [(4.0, 2.0, True, False), (2.0, 0.5, True, False), (0.5, 0.0, False, True)]
 
 
 def test_sweeps_travel_back_up_and_end_without_data():

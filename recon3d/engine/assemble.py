@@ -142,7 +142,10 @@ def levels(section: TrajectorySection, scale: float, heun: bool = False) -> list
         grid = karras(n, high, low, section.rho)
     else:
         grid = geometric(n, high, low) if section.grid == "geometric" else section.sigmas
-    way = descend(grid, scale, section.correctors, section.stale_correctors, section.data_at, heun)
+    grid = [*grid, section.polish] if section.polish else grid
+    way = descend(
+        grid, scale, section.correctors, section.stale_correctors, section.data_at, heun, bool(section.polish)
+    )
     return time_travel(way, section.travel_length, section.travel_repeats) if section.travel_repeats else way
 
 

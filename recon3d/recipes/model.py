@@ -58,19 +58,29 @@ class TrajectorySection(_Section):
     correctors: int = Field(0, ge=0, le=100, description="Langevin visits after each level")
     stale_correctors: bool = Field(False, description="correctors ask the prior at the level the step came from")
     data_at: Literal["every", "steps", "corrected"] = Field("every", description="visits at which the data enter")
+    polish: float | None = Field(
+        None,
+        gt=0,
+        description="one more visit at this level, network units, without the data: the prior's own estimate is the result",
+    )
     travel_length: int = Field(10, ge=1, description="time travel: levels of a stretch that is passed again")
     travel_repeats: int = Field(0, ge=0, le=1000, description="time travel: further passes of each stretch; 0 is none")
 
     @model_validator(mode="after")
     def _sound(self) -> TrajectorySection:
-        if self.travel_repeats and (self.correctors or self.grid == "sweeps"):
-            raise ValueError("travel_repeats goes with plain steps; leave out correctors and sweeps")
+        if self.travel_repeats and (self.correctors or self.polish or self.grid == "sweeps"):
+            raise ValueError("travel_repeats goes with plain steps; leave out correctors, polish and sweeps")
         if (self.grid == "explicit") != bool(self.sigmas):
             raise ValueError("sigmas go with grid explicit, and grid explicit needs them")
         if self.grid in ("karras", "geometric", "sweeps") and self.levels > 1 and not self.sigma_min < self.sigma_max:
             raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if self.correctors and self.grid == "sweeps":
             raise ValueError("sweeps take no correctors; set correctors to 0")
+        lowest = min(self.sigmas) if self.sigmas else self.sigma_min
+        if self.polish is not None and (self.grid in ("vp", "sweeps") or self.polish >= lowest):
+            raise ValueError(
+                f"polish goes with karras, geometric or explicit levels and is below them, got {self.polish}"
+            )
         return self
 
 
@@ -285,6 +295,8 @@ class Recipe(_Section):
         if self.consistency.precondition != "none" and self.consistency.kind != "proximal_cg":
             raise ValueError(f"precondition filter needs consistency proximal_cg, got {self.consistency.kind}")
         self._check_flow()
+        if self.trajectory.polish and self.consistency.finish != "none":
+            raise ValueError(f"polish ends without the data, got consistency.finish {self.consistency.finish}")
         if self.consistency.noise == "scaled":
             self._check_scaled()
         if self.claims == "posterior_sample" and self.noise.kind != "independent":
@@ -304,8 +316,8 @@ class Recipe(_Section):
         kind, c, t = self.renoise.kind, self.consistency, self.trajectory
         if kind not in ("heun", "rk45"):
             return
-        if t.grid == "sweeps" or t.travel_repeats or t.correctors or t.data_at == "corrected":
-            raise ValueError(f"renoise {kind} takes no sweeps, time travel, correctors or data_at corrected")
+        if t.grid == "sweeps" or t.travel_repeats or t.correctors or t.data_at == "corrected" or t.polish:
+            raise ValueError(f"renoise {kind} takes no sweeps, time travel, correctors, polish or data_at corrected")
         if c.kind != "none" and c.on == "iterate":
             raise ValueError(f"renoise {kind} needs consistency on estimate; a changed state leaves the flow")
         if c.kind == "gradient" and c.step != "curvature":
