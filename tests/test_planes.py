@@ -15,7 +15,7 @@ from toys import MatrixOperator
 from bench import planes as bench
 from recon3d import noise
 from recon3d.api import resolve
-from recon3d.config import ComputeConfig, JobConfig
+from recon3d.config import JobConfig
 from recon3d.consistency import Identity
 from recon3d.engine import loop, plan
 from recon3d.engine.assemble import assemble
@@ -552,18 +552,19 @@ def test_calls_are_counted_by_plane():
 
 
 def test_time_is_of_the_planes_that_are_seen(monkeypatch):
-    """The seconds of a view of each plane times their number; and every plane is probed with slices of its own shape."""
+    """The seconds of a view of each plane times their number; every plane is probed with slices of its own shape."""
     shown = Named(0.5)
     problem = _with(shown, kind="averaged")
     probed = plan._probe_prior
 
-    def known(problem, compute, flight, workers, timed, axis):
-        probed(problem, compute, flight, workers, timed, axis)
+    def known(*arguments):
+        axis = arguments[-1]
+        probed(*arguments)
         return 1000 * (axis + 1), 10.0**-axis
 
     monkeypatch.setattr(plan, "_probe_prior", known)
     nz, ny, nx = survivors.GRID.shape
-    activations, seconds = plan._probe(problem, ComputeConfig(workers=1), 1, 1, True, 2)
+    activations, seconds = plan._probe(problem, 1, 1, 1, True, 2)
     assert activations == 3000 and seconds["network"] == pytest.approx(2 * (nz + 0.1 * ny + 0.01 * nx))
     assert shown.shown == {(ny, nx), (nz, nx), (nz, ny)}
 

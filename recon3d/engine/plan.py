@@ -255,7 +255,9 @@ def _gpu_batch(problem: Problem, workers: int) -> int:
     room = int(torch.cuda.mem_get_info(scan.device)[0]) - kept
 
     def activations(slices: int) -> int:
-        return max(_probe_prior(problem, slices, slices, workers, False, axis)[0] for axis in _calls(problem, 1))
+        return max(
+            _probe_prior(problem, slices, slices, workers, False, axis)[0] for axis in _calls(problem, _visits(problem))
+        )
 
     return gpu_batch(activations, room, scan.grid.shape[0])
 
