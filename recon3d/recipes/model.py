@@ -61,7 +61,7 @@ class TrajectorySection(_Section):
     polish: float | None = Field(
         None,
         gt=0,
-        description="one more visit at this level, network units, without the data: the prior's own estimate is the result",
+        description="one more visit at this level, network units, without the data: its estimate is the result",
     )
     travel_length: int = Field(10, ge=1, description="time travel: levels of a stretch that is passed again")
     travel_repeats: int = Field(0, ge=0, le=1000, description="time travel: further passes of each stretch; 0 is none")
