@@ -79,7 +79,7 @@ def run(quick: bool, device: str) -> list[Row]:
     shown["regression"] = mean
     samples = 3 if quick else SAMPLES
     for sampler, levels in LEVELS.items():
-        levels = min(levels, 8) if quick else levels
+        levels = min(levels, 16) if quick else levels
         for count in (1, samples):
             start = time.perf_counter()
             parts = [_convert(pair, z, folder, sampler, levels, count, device) for z in pair.slices]
