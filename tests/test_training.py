@@ -20,8 +20,10 @@ from recon3d.priors import load_prior
 from recon3d.priors.checkpoints import read_folder, write_folder
 from recon3d.priors.checkpoints.atomic import write_bytes
 from recon3d.priors.training import TrainConfig, train
+from recon3d.priors.training.augment import random_phase, with_lesions
 from recon3d.priors.training.config import LesionConfig, PhaseConfig
-from recon3d.priors.training.data import SliceData, load_volume, random_phase, with_lesions
+from recon3d.priors.training.data import SliceData, _place
+from recon3d.priors.training.volumes import load_volume
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -151,7 +153,8 @@ def test_zoom_and_rotation_keep_geometry(raw):
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     ramp = 0.01 * (2 * y + x)
     for zoom, angle in ((1.3, 0.2), (0.8, -0.1), (1.0, 0.15)):
-        crop = data._cut(np.random.default_rng(0), ramp, 24, zoom, angle, False)
+        place = _place(np.random.default_rng(0), (64, 64), 24, zoom, angle, False)
+        crop = data._cut(ramp, 24, place, angle, False)
         c, s = np.cos(angle) * zoom, np.sin(angle) * zoom
         down, right = crop[8:-8, 8:-8].diff(dim=0).mean(), crop[8:-8, 8:-8].diff(dim=1).mean()
         assert float(down) == pytest.approx(0.01 * (2 * c + s), rel=0.02)  # torch's cubic kernel is not exact on ramps

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_runs import config, raw, save
 
-from recon3d.priors import ModelCard
+from recon3d.priors import ModelCard, load_prior
 from recon3d.priors.network_prior import NetworkPrior
 from recon3d.priors.networks import UNetConfig
 from recon3d.priors.positions import positions
+from recon3d.priors.training import train
+from recon3d.priors.training.data import SliceData
 
 
 def test_a_crop_lies_where_it_was_cut():
@@ -58,3 +62,44 @@ def test_inference_shows_the_channels_a_card_asks_for(channel):
     assert torch.allclose(d, (-(2**0.5) / 2 * want).expand(2, 1, -1, -1), atol=1e-6)
     assert net.seen[0] == (1, 3, 6, 8)
     assert net.seen[1] == pytest.approx(0, abs=1e-7)  # log(sigma)/4, not the path's time
+
+
+@pytest.fixture
+def patches(tmp_path):
+    """A run with positions on slices whose value is the distance from the middle, squared: no flip or turn hides it."""
+    settings = raw(tmp_path)
+    at = np.arange(64) - 31.5
+    rings = (at[:, None, None] ** 2 + at[None, :, None] ** 2 + np.zeros(4)) - 1000
+    for name in ("train0", "train1", "held"):
+        save(tmp_path / f"{name}.nii.gz", np.round(rings))
+    settings["network"] |= {"in_channels": 3}
+    varied = {"native_share": 0.3, "rotate_deg": 180.0, "flip_rows": 0.5, "quarter_turns": 0.5}
+    still = {"gain_jitter": 0.0, "offset_jitter": 0.0, "least_mean": -10.0, "zoom": [0.8, 1.4]}
+    return settings | {"data": {**settings["data"], **varied, **still, "positions": True}}
+
+
+def test_crops_are_told_where_they_lie(patches):
+    """Windows, turned, zoomed, mirrored and transposed crops: the middle's distance says each pixel's value."""
+    data, worst, seen = SliceData(config(patches)), 0.0, []
+    for step in range(20):
+        clean, _, _, where = data.batch(step)
+        assert where.shape == (4, 2, 16, 16)
+        radius = (31.5 * where).square().sum(1)
+        inside = radius.sqrt() < 28  # beyond it a turned crop may have left the slice
+        off = ((clean[:, 0] * 1000 + 1000) - radius)[inside]
+        worst = max(worst, float(off.abs().max()) if off.numel() else 0.0)
+        seen.append(where.flatten())
+    # a pixel off would be 2 x 28 + 1; torch's cubic kernel is not exact on a parabola, and values are rounded
+    assert worst < 8
+    assert float(torch.cat(seen).min()) < -0.8 and float(torch.cat(seen).max()) > 0.8
+    clean, _, where = data.validation_set()
+    assert torch.equal(where, positions((64, 64)).expand(len(clean), -1, -1, -1))
+
+
+def test_a_patch_prior_is_trained_and_loaded(patches):
+    prior = load_prior(train(config(patches, steps=2, samples=2, sample_levels=3)).prior)
+    assert prior.card.positions and prior.card.channels == 1
+    u = torch.zeros(1, 1, 20, 30)
+    assert prior.denoise(u, 0.5).shape == u.shape
+    with pytest.raises(ValueError, match=r"in_channels must be 3 \(2 for positions\) and out_channels 1"):
+        config(patches, network={**patches["network"], "in_channels": 1})

@@ -13,8 +13,10 @@ from recon3d.priors import load_prior
 from recon3d.priors.base import ModelCard
 from recon3d.priors.checkpoints import read_folder
 from recon3d.priors.training import TrainConfig, train
+from recon3d.priors.training.augment import random_phase, with_lesions
 from recon3d.priors.training.config import LesionConfig, PhaseConfig
-from recon3d.priors.training.data import SliceData, load_volume, random_phase, with_lesions
+from recon3d.priors.training.data import SliceData
+from recon3d.priors.training.volumes import load_volume
 
 SHAPE = (20, 24, 28)  # z, y, x
 PLAIN = {"native_share": 1.0, "gain_jitter": 0.0, "offset_jitter": 0.0, "flip_rows": 0.0}

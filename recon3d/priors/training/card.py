@@ -39,6 +39,7 @@ def model_card(
         unit=card.unit,
         channels=config.network.out_channels,
         slices=data.slices,
+        positions=data.positions,
         cond_channels=config.cond_channels,
         condition=None if data.condition is None else condition_card(data.condition),
         value_range=(card.offset + card.scale * low, card.offset + card.scale * high) if unit is None else None,

@@ -21,9 +21,15 @@ class _Strict(BaseModel):
 
 
 class SourceConfig(_Strict):
-    """NIfTI volumes that share a sampling weight."""
+    """Volumes of one kind that share a sampling weight."""
 
-    path: str = Field(description="file or glob of .nii / .nii.gz volumes, relative to DataConfig.root")
+    path: str = Field(
+        description="file or glob, relative to DataConfig.root: NIfTI, folders of a DICOM series, .npy, .npz, .h5"
+    )
+    spacing_mm: tuple[float, float, float] | None = Field(
+        None, description="z, y, x of arrays (.npy, .npz, .h5), which lie [z, y, x] or [channel, z, y, x]"
+    )
+    dataset: str | None = Field(None, description="name of the array in .npz and .h5; null: volume")
     weight: float = Field(1.0, gt=0, description="share of the crops drawn from this source, before normalisation")
     max_block_z: int = Field(
         1, ge=1, le=8, description="up to so many neighbouring slices are averaged (thicker slices)"
@@ -95,7 +101,9 @@ class DataConfig(_Strict):
 
     root: str = "."
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    validation: str = Field(description="one volume that is never trained on")
+    validation: str = Field(
+        description="one volume that is never trained on; an array has the spacing of the first source that says one"
+    )
     exclude: tuple[str, ...] = Field(
         (), description="file stems a glob must not bring in (the validation volume is always left out)"
     )
@@ -144,6 +152,8 @@ class DataConfig(_Strict):
         False, description="twice the channels: the real parts, then the imaginary ones, under a random phase"
     )
     phase: PhaseConfig = PhaseConfig()
+    channels: int = Field(1, ge=1, le=8, description="real values of a voxel, such as echoes or contrasts")
+    positions: bool = Field(False, description="the network is shown where in its slice a crop lies, for patch priors")
     condition: ConditionConfig | None = Field(None, description="for a conditional prior: the image beside the state")
 
     @model_validator(mode="after")
@@ -166,6 +176,8 @@ class DataConfig(_Strict):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be [low, high] with 0 < low <= high, got [{low}, {high}]")
+        if self.channels > 1 and (self.slices > 1 or self.complex or self.condition is not None):
+            raise ValueError("channels above 1 go with single real slices: leave out slices, complex and condition")
         if self.percentile is not None and self.mean_above is not None:
             raise ValueError("give percentile or mean_above, not both")
         low, high = self.lesions.radius_px
@@ -251,12 +263,16 @@ class TrainConfig(_Strict):
         if self.schedule and self.objective in ("edm", "flow"):
             raise ValueError(f"schedule belongs to the objectives eps and v, got objective {self.objective!r}")
         noise_path(self.path_name, self.schedule)
-        wanted = self.data.slices * (2 if self.data.complex else 1)
-        seen = wanted + self.cond_channels
+        wanted = self.data.slices * self.data.channels * (2 if self.data.complex else 1)
+        seen = wanted + self.beside_channels
         if (self.network.in_channels, self.network.out_channels) != (seen, wanted):
             must = f"in_channels and out_channels must be {wanted}"
-            if self.cond_channels:
-                must = f"in_channels must be {seen} ({self.cond_channels} for the condition) and out_channels {wanted}"
+            if self.beside_channels:
+                parts = f"{self.cond_channels} for the condition" if self.cond_channels else ""
+                parts += (
+                    ", " * (self.cond_channels > 0 and self.data.positions) + "2 for positions" * self.data.positions
+                )
+                must = f"in_channels must be {seen} ({parts}) and out_channels {wanted}"
             raise ValueError(
                 f"network: {must} where data.complex is {self.data.complex} and data.slices is {self.data.slices}, "
                 f"got {self.network.in_channels} and {self.network.out_channels}"
@@ -270,6 +286,11 @@ class TrainConfig(_Strict):
     def cond_channels(self) -> int:
         """Channels of the condition that join the state's at the network's input."""
         return 0 if self.data.condition is None else self.data.slices
+
+    @property
+    def beside_channels(self) -> int:
+        """All channels that join the state's: the condition's, then those of the positions."""
+        return self.cond_channels + 2 * self.data.positions
 
     @property
     def path_name(self) -> Literal["edm", "flow", "vp", "vp_continuous"]:

@@ -122,7 +122,7 @@ class _Run:
         self.model = self._objective()
         self.checkpoint = self.out / "checkpoint.safetensors"
         if config.init is not None and not self.checkpoint.exists():
-            start_from(self.model.net, config.init, config.data.slices, config.cond_channels)
+            start_from(self.model.net, config.init, config.data.slices, config.beside_channels)
         named = dict(self.model.net.named_parameters())
         adam = torch.optim.AdamW(
             named.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True

@@ -26,7 +26,7 @@ from recon3d.priors.base import ConditionCard, ModelCard, condition_volume
 from recon3d.priors.training.config import ConditionConfig
 
 if TYPE_CHECKING:
-    from recon3d.priors.training.data import Volume
+    from recon3d.priors.training.volumes import Volume
 
 __all__ = ["condition_card", "partners", "with_condition"]
 
