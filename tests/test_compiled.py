@@ -162,16 +162,17 @@ def test_graphs_replay_what_the_network_answers():
     u = torch.randn(4, 1, 32, 40, generator=torch.Generator().manual_seed(1)).cuda()
     plain, fast = prior("off", "cuda"), prior("on", "cuda")
     first = fast.denoise(u, 0.3)
-    assert (first - plain.denoise(u, 0.3)).abs().max() < 1e-4 * first.abs().max()
+    # convolutions take float32 apart into ten bits (TF32), so a last digit that differs can grow to 2^-11 of a product
+    assert (first - plain.denoise(u, 0.3)).abs().max() < 1e-3 * first.abs().max()
     kept = first.clone()
     # another level and another state through the same graph, which leaves earlier answers alone
     second = fast.denoise(u.flip(0), 1.7)
-    assert (second - plain.denoise(u.flip(0), 1.7)).abs().max() < 1e-4 * second.abs().max()
+    assert (second - plain.denoise(u.flip(0), 1.7)).abs().max() < 1e-3 * second.abs().max()
     assert torch.equal(first, kept) and torch.equal(fast.denoise(u, 0.3), kept)
     # another size shares the graph's memory, another batch takes its place, and the first answer comes back to the bit
     part = plain.denoise(u[:, :, :16], 0.3)
     for _ in range(2):
-        assert (fast.denoise(u[:, :, :16], 0.3) - part).abs().max() < 1e-4 * part.abs().max()
+        assert (fast.denoise(u[:, :, :16], 0.3) - part).abs().max() < 1e-3 * part.abs().max()
         assert torch.equal(fast.denoise(u, 0.3), kept)
     assert len(fast._compiled._graphs) == 2
     fast.denoise(u[:2], 0.3)
@@ -182,7 +183,9 @@ def test_graphs_replay_what_the_network_answers():
 def test_a_graph_holds_what_is_in_a_row_apart_from_its_neighbours():
     u = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(2)).cuda()
     fast = prior("on", "cuda")
-    assert torch.equal(fast.denoise(u, 0.3)[1:2], fast.denoise(u.flip(0), 0.3)[2:3])
+    there, here = fast.denoise(u, 0.3)[1:2], fast.denoise(u.flip(0), 0.3)[2:3]
+    assert (there - here).abs().max() < 1e-3 * here.abs().max()
+    assert (there - fast.denoise(u, 0.3)[2:3]).abs().max() > 0.1 * here.abs().max()
 
 
 def psnr(job, device, precision, compile):
