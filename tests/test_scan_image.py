@@ -134,7 +134,7 @@ def test_a_complex_prior_of_real_images():
         ({"operator": "blur"}, "needs blur_mm"),
         ({"operator": "blur", "blur_mm": (0.0, -1.0, 1.0)}, "needs blur_mm"),
         ({"operator": "blur", "blur_mm": (0.0, 1.0, 1.0), "blur_kind": "motion"}, "gaussian or uniform"),
-        ({"operator": "sharpen"}, "one of none, identity, sr, blur"),
+        ({"operator": "sharpen"}, "one of identity, sr, blur"),
         ({"noise": -1.0}, "sigma needs a positive number"),
         ({"unit": "bq"}, "unit must be one of hu, per_mm, au"),
         ({"image": torch.zeros(*FINE.shape)}, "every voxel is 0"),

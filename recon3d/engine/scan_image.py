@@ -1,9 +1,9 @@
 """Images for the engine: a volume that is noisy, coarse or blurred stands for the measurement.
 
-    y = A x + n        A: the identity (denoising), means of blocks (super-resolution), a blur, or nothing at all
+    y = A x + n        A: the identity (denoising), means of blocks (super-resolution) or a blur
 
-With nothing measured the image is the condition of a prior that takes one (Scan.guide). HU are attenuation inside, so
-that air is zero; images in arbitrary units stay as they are, and the scale that a prior needs is read off the image.
+HU are attenuation inside, so that air is zero; images in arbitrary units stay as they are, and the scale that a prior
+needs is read off the image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recon3d.engine.scan_pet import typical_activity
 from recon3d.geometry import VolumeGrid
 from recon3d.io.units import MU_WATER_PER_MM, hu_to_mu
 from recon3d.operators.base import LinearOperator
-from recon3d.operators.image import BlockMean, Blur, Nothing, SameImage, box_weights, gaussian_weights
+from recon3d.operators.image import BlockMean, Blur, SameImage, box_weights, gaussian_weights
 from recon3d.operators.noise import GaussianNoise
 from recon3d.priors.base import ModelCard, Prior
 from recon3d.priors.magnitude import MagnitudePrior
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Degradation", "ImageScan", "defaults", "estimate_image_noise", "finer", "load", "prepare"]
 
-Kind = Literal["none", "identity", "sr", "blur"]
+Kind = Literal["identity", "sr", "blur"]
 ImageUnit = Literal["hu", "per_mm", "au"]
 
 # volumes of numbers alive in a blur: a complex transform and its neighbours
@@ -54,7 +54,7 @@ class Degradation:
     """What was done to the image that is looked for.
 
     Attributes:
-        kind: "none" (nothing was measured), "identity" (noise alone), "sr" (means of blocks) or "blur".
+        kind: "identity" (noise alone), "sr" (means of blocks) or "blur".
         factor: sr: fine pixels along the side of a coarse one.
         factor_z: sr: thin slices in a thick one.
         blur_mm: blur along z, y, x: full width at half maximum, of a uniform blur the width; 0 leaves an axis alone.
@@ -101,8 +101,6 @@ class Degradation:
 
     def operator(self, grid: VolumeGrid) -> LinearOperator:
         """The operator on images of this grid."""
-        if self.kind == "none":
-            return Nothing(grid.shape)
         if self.kind == "identity":
             return SameImage(grid.shape)
         if self.kind == "sr":
@@ -133,11 +131,10 @@ class ImageScan(Scan):
         want = tuple(self.operator().range.shape)
         if tuple(self.y.shape) != want:
             raise ValueError(f"image: shape {tuple(self.y.shape)}, but the volume's grid asks for [z, y, x] = {want}")
-        image = self.y if self.guide is None else self.guide
-        for k in range(image.shape[0]):
-            if not finite(image[k]):
+        for k in range(self.y.shape[0]):
+            if not finite(self.y[k]):
                 raise ValueError(f"image: slice {k} holds NaN or infinity; mend the image first")
-        low, high = (float(v) for v in image.aminmax())
+        low, high = (float(v) for v in self.y.aminmax())
         if low == high:
             raise ValueError(f"image: every voxel is {low:g}; there is nothing to enhance")
         return []
@@ -148,8 +145,7 @@ class ImageScan(Scan):
     def slab(self, first: int, end: int) -> Self:
         if self.operator().coupling == "volume":
             return self
-        guide = None if self.guide is None else self.guide[first:end]
-        return replace(self, y=self.y[first:end], grid=self.grid.slab(first, end), guide=guide)
+        return replace(self, y=self.y[first:end], grid=self.grid.slab(first, end))
 
     def _setting(self) -> list[Any]:
         d = self.degradation
@@ -172,15 +168,14 @@ class ImageScan(Scan):
         card = getattr(prior, "card", None)
         if card is None or card.unit == "1/mm" or isinstance(prior, (ScaledPrior, MagnitudePrior)):
             return prior, None
-        image = self.y if self.guide is None else self.guide
-        scale = typical_activity(image) if card.unit == "Bq/mL" else percentile(image.clamp_min(0))
+        scale = typical_activity(self.y) if card.unit == "Bq/mL" else percentile(self.y.clamp_min(0))
         if not scale > 0:
             raise ValueError("image: it is zero or negative nearly everywhere; there is nothing to enhance")
         return (MagnitudePrior if card.channels == 2 else ScaledPrior)(prior, scale), None
 
     def prior_mismatch(self, card: ModelCard) -> str | None:
         attenuation = self.values != "au"
-        if (card.unit == "1/mm") != attenuation and card.unit != "a.u." and self.degradation.kind != "none":
+        if (card.unit == "1/mm") != attenuation and card.unit != "a.u.":
             have = "HU or attenuation" if attenuation else "arbitrary units"
             return f"prior {card.name!r} was trained on images in {card.unit}, this one is in {have} (input.image_unit)"
         if card.channels not in ((1,) if card.unit == "1/mm" else (1, 2)):
@@ -188,8 +183,6 @@ class ImageScan(Scan):
         return None
 
     def pictures(self, volume: Tensor, name: str, output: OutputConfig) -> Pictures:
-        if self.degradation.kind == "none":
-            return Pictures({name: volume}, self._shown(output))
         # as it came, on the volume's voxels
         seen = self.y if self.degradation.kind == "blur" else self.operator().pinv(self.y)
         return Pictures({"as measured": seen, name: volume}, self._shown(output))
@@ -292,22 +285,18 @@ def prepare(
         raise ValueError(f"enhance: the unit must be one of {', '.join(get_args(ImageUnit))}, got {values!r}")
     if not finite(x):
         raise ValueError("enhance: the image holds NaN or infinity; mend it first")
-    if degradation.kind != "none" and noise == "auto":
+    if noise == "auto":
         level: GaussianNoise | None = estimate_image_noise(x)
     else:
         level = GaussianNoise(noise) if isinstance(noise, (int, float)) else None
     if values == "hu":
         x = hu_to_mu(x, mu_water_per_mm)
         level = None if level is None else GaussianNoise(level.sigma * mu_water_per_mm / 1000)
-    fine, guide = degradation.grid(grid), None
-    if degradation.kind == "none":
-        x, guide, level = torch.zeros(x.shape[0], 0, 0), x, None
     return ImageScan(
         y=x,
-        grid=fine,
+        grid=degradation.grid(grid),
         noise=level,
         device=device or torch.device("cpu"),
-        guide=guide,
         degradation=degradation,
         values=values,
         mu_water_per_mm=mu_water_per_mm,
@@ -339,7 +328,7 @@ def load(config: JobConfig, device: torch.device, events: Events) -> ImageScan:
     from recon3d.io import BadInput, read_image
 
     wanted, path = config.input, Path(config.input.path)
-    if wanted.operator is None:
+    if wanted.operator is None or wanted.operator == "none":
         raise BadInput(
             path,
             "is an image volume, not a measurement",
@@ -350,7 +339,7 @@ def load(config: JobConfig, device: torch.device, events: Events) -> ImageScan:
     except ValueError as error:
         raise ConfigError(f"input.{error}") from None
     values = _stated(config, path)
-    if config.output.unit is not None and values == "au" and wanted.operator != "none":
+    if config.output.unit is not None and values == "au":
         raise ConfigError(f"output.unit {config.output.unit}: {path} is in arbitrary units, and so is the result")
     image, grid, _ = read_image(path)
     if wanted.slices is not None:
