@@ -436,7 +436,8 @@ def test_heun_and_adaptive_steps_end_where_many_euler_steps_do(recipe):
     [
         ("score_mri", {"compat": "published", "renoise__kind": "heun"}, "correctors"),
         ("dds", {"consistency__on": "iterate", "renoise__kind": "heun"}, "on estimate"),
-        ("dds_tv", {"renoise__kind": "rk45"}, "without EM and regularisers"),
+        ("dds_tv", {"renoise__kind": "rk45"}, "no regularisers"),
+        ("sample", {"trajectory__polish": 0.005, "renoise__kind": "rk45"}, "no polish"),
         ("dds", {"trajectory__travel_repeats": 1, "renoise__kind": "heun"}, "time travel"),
         ("dds", {"trajectory__travel_repeats": 1, "trajectory__correctors": 1}, "plain steps"),
         ("pet", {"renoise__kind": "heun"}, "same planes"),
