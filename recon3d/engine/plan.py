@@ -273,6 +273,7 @@ def _calls(problem: Problem, visits: int) -> Counter[int]:
 
 def _probe_prior(problem: Problem, batch: int, flight: int, workers: int, timed: bool, axis: int) -> tuple[int, float]:
     """Bytes of activations with `flight` views at once and, when `timed`, seconds of one, for views across an axis."""
+    # a prior that records gradients is not compiled, which would be paid for every size of batch that is tried
     scan, prior = problem.scan, differentiable(prior_of(problem.denoiser, [View(0, axis=axis)]))
     consistency = problem.recipe.resolved().consistency
     guided = consistency.kind == "gradient" and consistency.through == "prior"
