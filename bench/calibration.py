@@ -89,8 +89,9 @@ def run(quick: bool, device: str) -> list[Row]:
 
 def ct_recipes(quick: bool) -> dict[str, Recipe]:
     """Those that draw, and the default."""
+    levels = 20 if quick else LEVELS
     return {
-        "posterior": load_recipe("posterior", {"trajectory.levels": 20 if quick else LEVELS}),
+        f"posterior, {levels} levels": load_recipe("posterior", {"trajectory.levels": levels}),
         "dds, eta 1": load_recipe("dds", {"renoise.eta": 1.0}),
         "predictor-corrector": load_recipe(
             "dds", {"renoise.kind": "ancestral", "renoise.variance": "large", "trajectory.correctors": 1}
@@ -102,7 +103,7 @@ def ct_recipes(quick: bool) -> dict[str, Recipe]:
 def mri_recipes() -> dict[str, Recipe]:
     """Those that draw, and the default."""
     return {
-        "posterior": load_recipe("posterior", {"trajectory.levels": LEVELS}),
+        f"posterior, {LEVELS} levels": load_recipe("posterior", {"trajectory.levels": LEVELS}),
         "dds_mri, eta 1": load_recipe("dds_mri", {"renoise.eta": 1.0}),
         "mri": load_recipe("mri"),
     }
@@ -252,7 +253,7 @@ def picture(path: Path, curves: dict[str, dict[str, dict[str, Any]]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(curves), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(curves), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     for k, (scanner, found) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), k + 1)
@@ -263,7 +264,7 @@ def picture(path: Path, curves: dict[str, dict[str, dict[str, Any]]]) -> None:
                 nominal, observed, marker="o", markersize=3, label=f"{name}: {100 * values['share']:.0f} % at 90 %"
             )
         axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", title=scanner, xlabel="nominal share, %")
-        axes.legend(fontsize=7, loc="upper left")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         if k == 0:
             axes.set_ylabel("voxels inside the interval, %")
     figure.savefig(path, dpi=110)
