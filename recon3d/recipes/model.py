@@ -328,8 +328,8 @@ class Recipe(_Section):
             raise ValueError(
                 f"renoise {kind} needs the same planes at every visit; set planes.kind to axial or averaged"
             )
-        if kind == "rk45" and (c.kind == "em" or self.regulariser.kind != "none" or t.polish):
-            raise ValueError("renoise rk45 finds its steps and may take one again: no EM, no regularisers, no polish")
+        if kind == "rk45" and (c.kind == "em" or self.regulariser.kind != "none"):
+            raise ValueError("renoise rk45 may take a step again, so it goes without EM and regularisers")
 
     def resolved(self) -> Recipe:
         """The recipe that runs: with the published values put in where compat asks for them."""
