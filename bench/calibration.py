@@ -267,4 +267,4 @@ def picture(path: Path, curves: dict[str, dict[str, dict[str, Any]]]) -> None:
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         if k == 0:
             axes.set_ylabel("voxels inside the interval, %")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
