@@ -31,7 +31,8 @@ class Neighbours:
         shape: of the volume.
         slices: in a group.
         seed: of the offsets, which depend on nothing else but the level.
-        overlap: every slice is answered for in the middle of a group of its own, at as many times the cost.
+        overlap: all groups at every level, a slice's estimate the mean of its places in them: less error than in any
+            one place, at as many times the cost.
     """
 
     planes: Planes
@@ -63,10 +64,11 @@ class Neighbours:
     def _groups(self, turn: int, axis: int, weight: float) -> list[View]:
         depth, n = self.shape[axis], self.slices
         if self.overlap:
-            return [View(k, 1, axis, weight, n // 2) for k in range(depth)]
-        offset = int(philox_bits(self.seed, turn, 3, 4, _STREAM)[axis, 0]) % n
+            starts, weight = range(1 - n, depth), weight / n
+        else:
+            starts = range(-(int(philox_bits(self.seed, turn, 3, 4, _STREAM)[axis, 0]) % n), depth, n)
         views = []
-        for start in range(-offset, depth, n):
+        for start in starts:
             first, end = max(start, 0), min(start + n, depth)
             views.append(View(first, end - first, axis, weight, first - start))
         return views

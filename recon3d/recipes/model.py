@@ -189,8 +189,8 @@ class PlanesSection(_Section):
     )
     overlap: bool = Field(
         False,
-        description="a prior of groups answers for every slice from the middle of a group, at that many times "
-        "the cost; else groups lie side by side, elsewhere at every level",
+        description="a prior of groups sees all of them, a slice's estimate the mean of its places in them, at so many "
+        "times the cost; else groups lie side by side, elsewhere at every level",
     )
 
     @model_validator(mode="after")
