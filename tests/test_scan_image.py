@@ -294,3 +294,23 @@ def test_images_that_cannot_be_used(tmp_path, capsys):
 def test_an_image_needs_an_operator(coarse, tmp_path, capsys):
     assert run(["recon", "-i", str(coarse), "-o", str(tmp_path / "out"), "-q", "--recipe", "ct", "--prior", "ct"]) == 3
     assert "input.operator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["pinv", "dip"])
+def test_baselines_on_the_same_job(coarse, tmp_path, capsys, method):
+    job = ["-i", str(coarse), "-s", "input.operator=sr", "-s", "input.factor=2", "-s", "input.image_unit=hu"]
+    more = ["--iterations", "5"] if method == "dip" else []
+    out = tmp_path / "out.nii.gz"
+    assert run(["baseline", method, "-o", str(out), *job, *more]) == 0, capsys.readouterr().err
+    volume, grid = io.read_nifti(out)
+    assert grid.shape == (3, 16, 24) and io.image_unit(out) == "HU"
+    if method == "pinv":
+        assert torch.allclose(volume[:, ::2, ::2], io.read_nifti(coarse)[0], atol=0.1)
+    assert run(["baseline", "fbp", "-o", str(out), *job]) == 2
+    assert "pinv, dip" in capsys.readouterr().err
+
+
+def test_several_samples_tell_where_detail_is_invented():
+    settings = {"unit": "au", "noise": 0.1, "factor": 2, "samples": 3, "seed": 1}
+    out = enhance(randn(*COARSE.shape), COARSE, "sr", "ddnm_plus", prior(), **settings)
+    assert out.volume.shape == FINE.shape and out.uncertainty is not None
