@@ -310,8 +310,12 @@ class _Run:
         sheets = self.out / "sheets"
         write_denoised(sheets / f"denoised_{count.step:08d}.png", found, clean, cfg.data.slices, cfg.data.complex)
         if cfg.samples > 0:
+            # of the size that the network was trained on, from the middle of the slices where anything is beside them
+            h, w = (min(cfg.crops[0].size, n) for n in clean.shape[-2:])
+            top, left = (clean.shape[-2] - h) // 2, (clean.shape[-1] - w) // 2
             each = None if also is None else also[torch.arange(cfg.samples) % len(also)]
-            images = draw(model, cfg, (clean.shape[1], *clean.shape[-2:]), each, self.device, self._autocast)
+            each = None if each is None else each[..., top : top + h, left : left + w]
+            images = draw(model, cfg, (clean.shape[1], h, w), each, self.device, self._autocast)
             write_samples(sheets / f"samples_{count.step:08d}.png", images, clean, cfg.data.slices, cfg.data.complex)
         if cfg.patience is None or best(self.state.curve) == len(self.state.curve) - 1:
             self._export()
