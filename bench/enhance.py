@@ -3,8 +3,8 @@
 Tasks: denoising, noisy 4x and 8x super-resolution and deblurring of a chest CT; 4x and 8x super-resolution of a head MR
 with a little noise. Two slices of each, 192 x 192 pixels around the middle, degraded here with noise of a fixed seed.
 Methods: the pseudo-inverse H+, bicubic interpolation, a deep image prior (DIP), ILVR, DPS, DDNM, DDNM+ and the default
-recipe, all that have a prior with the packaged one and the same number of levels. Strengths were chosen on a chest and a head that the priors were
-trained on (lidc0314, oms04); nothing looks at the volumes judged here.
+recipe, all that have a prior with the packaged one and the same number of levels. Strengths were chosen on a chest and
+a head that the priors were trained on (lidc0314, oms04); nothing looks at the volumes judged here.
 
 PSNR and SSIM: range 2000 HU, clipped to [-1000, 1000] HU; of MR the largest value of the slices. VIF as recon3d.metrics
 defines it, with the same range. Means over slices. Figures go to bench/results/enhance.csv.
@@ -65,7 +65,7 @@ TASKS = (
     Task("MR 8x, 1 %", "mr", Degradation("sr", 8), 1.0),
 )
 RECIPES: dict[str, dict[str, Any]] = {
-    "ilvr": {"consistency.factor": 2},
+    "ilvr": {"consistency.factor": 2},  # for coarse images their own factor: finer, it repeats the pixels
     "dps_image": {"consistency.strength": 4.0},
     "ddnm": {},
     "ddnm_plus": {},
@@ -140,7 +140,8 @@ def methods(task: Task, m: Measured, levels: int, dip_iterations: int) -> list[t
     d = task.degradation
 
     def recipe(name: str) -> Recipe:
-        return load_recipe(name, {"trajectory.levels": levels, **RECIPES[name]})
+        own = {"consistency.factor": d.factor} if name == "ilvr" and d.factor else {}
+        return load_recipe(name, {"trajectory.levels": levels, **RECIPES[name], **own})
 
     def sampled(name: str) -> Tensor:
         with warnings.catch_warnings():
@@ -193,7 +194,7 @@ def picture(path: Path, drawn: list[tuple[Task, Measured, dict[str, Tensor], dic
                 ax.set_axis_off()
         row[0].set_ylabel(task.name, fontsize=6)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 

@@ -183,7 +183,7 @@ def test_without_noise_it_is_the_projection(op):
 def test_noise_adds_up():
     """On measured components the noise of y and the fresh noise together have the next level's variance."""
     op, sigma_y = BlockMean((400, 8, 8), (1, 2, 2)), 0.1
-    for level in LEVELS:
+    for level in [*LEVELS, dataclasses.replace(LEVELS[0], dip=0.3)]:
         truth = torch.zeros(op.domain.shape, dtype=torch.float64)
         y = sigma_y * randn(op.range.shape, 5)
         rule = DDIM(1.0)  # no old noise: the components are exactly those of y and fresh ones
