@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from test_training_volumes import _dicom
 
 from recon3d.priors import condition_volume, load_prior
 from recon3d.priors.checkpoints import read_folder
@@ -156,6 +157,19 @@ def test_pairs_that_do_not_overlap(raw, tmp_path):
     _save(tmp_path / "mr_002_t1.nii.gz", _pair(1)[1], far)
     with pytest.raises(ValueError, match=r"mr_002_t1.* and .*ct_002.* do not overlap in world coordinates"):
         _data(raw)
+
+
+def test_a_series_of_dicom_may_be_the_target(raw, tmp_path):
+    pytest.importorskip("pydicom")
+    ct, mr = _pair(4)
+    (tmp_path / "ct_004").mkdir()
+    for z, plane in enumerate(ct.transpose(2, 1, 0).round()):
+        _dicom(tmp_path / "ct_004" / f"{z}.dcm", np.ascontiguousarray(plane, np.int16), z)
+    _save(tmp_path / "mr_004_t1.nii.gz", mr)
+    data = _data(raw, sources=[{"path": "ct_004", "condition": str(tmp_path / "mr_004_t1.nii.gz")}])
+    volume = data.volumes[0]
+    assert volume.condition is not None and volume.values.shape == (6, 36, 40)
+    assert (volume.condition - volume.values - 0.6).abs().max() < 1e-3  # the CT was rounded to whole HU
 
 
 @pytest.mark.parametrize(

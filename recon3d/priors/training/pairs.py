@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recon3d.geometry import VolumeGrid
-from recon3d.io import read_nifti
+from recon3d.io import BadInput, read_image
 from recon3d.operators.attenuation import resample_volume
 from recon3d.priors.base import ConditionCard, ModelCard, condition_volume
 from recon3d.priors.training.config import ConditionConfig
@@ -52,7 +52,9 @@ def partners(targets: Sequence[Path], pattern: str, condition: str, root: Path) 
             f"training pairs: {pattern!r} has {wildcards[0]} wildcards and {condition!r} {wildcards[1]}; "
             "give both the same, so that names can be compared"
         )
-    found = sorted(root.glob(condition)) if wildcards[1] else [root / condition]
+    if not wildcards[1]:
+        return [root / condition for _ in targets]  # one named file beside another
+    found = sorted(root.glob(condition))
     by_key = {_key(path, condition, root): path for path in found}
     out = []
     for target in targets:
@@ -82,8 +84,11 @@ def with_condition(volume: Volume, target: Path, condition: Path, config: Condit
         ValueError: the two do not overlap, or the condition's percentile is not positive.
     """
     order = _AXES[plane]
-    _, onto = read_nifti(target)
-    image, own = read_nifti(condition)
+    for path in (target, condition):
+        if path.suffix in (".npy", ".npz", ".h5", ".hdf5"):
+            raise BadInput(path, "an array has no place in the world", "give pairs as NIfTI or DICOM")
+    _, onto, _ = read_image(target)
+    image, own, _ = read_image(condition)
     card = condition_card(config)
     image = condition_volume(ModelCard(name=condition.name, cond_channels=1, condition=card), image.clamp(*config.clip))
     # outside is zero to the resampling, so the background is
@@ -95,7 +100,7 @@ def with_condition(volume: Volume, target: Path, condition: Path, config: Condit
             "bring them into one frame or exclude them"
         )
     cut = tuple(box[axis] for axis in order)
-    values = volume.values[cut]
+    values = volume.values.unflatten(0, (-1, volume.parts))[cut[0], :, cut[1], cut[2]].flatten(0, 1)
     return replace(
         volume,
         values=values.contiguous(),
