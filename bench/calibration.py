@@ -1,7 +1,7 @@
 """How often the truth lies in the nominal 90 % interval of several samples, on volumes that no packaged prior was
 trained on: CT from few views, MRI from every fourth column, PET from counts.
 
-Scans are simulated on the volume's own pixels with the noise that the reconstruction is told, so that what is judged is
+Scans of CT and MRI are simulated on the volume's own pixels with the noise that the reconstruction is told: judged are
 prior and sampler, not the scanner's model. Slabs are small: 8 samples of a recipe that draws ask the prior hundreds of
 times per slice each. Figures: recon3d.metrics.calibration, over the voxels of the body.
 
