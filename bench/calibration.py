@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,8 @@ from recon3d.operators.masks import equispaced
 from recon3d.operators.noise import PoissonNoise
 from recon3d.recipes import Recipe, load_recipe
 from recon3d.testing.phantoms import coil_maps, smooth_phase
+
+Device = Literal["auto", "cpu", "cuda"]
 
 SAMPLES = 8
 SIDE = 64
@@ -67,7 +69,7 @@ class Case:
     run: Callable[[Recipe, int], Result]
 
 
-def run(quick: bool, device: str) -> list[Row]:
+def run(quick: bool, device: Device) -> list[Row]:
     """One slice of the chest with few levels when quick; else all three scanners."""
     plans = {"CT": (ct, CT, ct_recipes(quick)), "MRI": (mri, MR, mri_recipes())}
     curves: dict[str, dict[str, dict[str, Any]]] = {}
@@ -158,13 +160,13 @@ def figures(case: Case, recipe: Recipe, samples: int, factor: float | None = Non
     return found
 
 
-def ct(file: str, slices: tuple[int, ...], corner: tuple[int, int], device: str, only: int | None) -> Case | None:
+def ct(file: str, slices: tuple[int, ...], corner: tuple[int, int], device: Device, only: int | None) -> Case | None:
     """A square of a few slices as an object of its own, from few views."""
     if (path := _data(file)) is None:
         return None
     volume, grid = read_nifti(path)
-    truth = hu_to_mu(_square(volume.float(), slices[:only], corner).numpy()).clip(min=0)
-    truth = torch.as_tensor(truth, dtype=torch.float32)
+    attenuation = hu_to_mu(_square(volume.float(), slices[:only], corner).numpy()).clip(min=0)
+    truth = torch.as_tensor(attenuation, dtype=torch.float32)
     small = _spread_out(grid, slices, len(truth))
     pixel = grid.spacing_mm[2]
     scan = ParallelBeam(equiangular(VIEWS), int(1.5 * SIDE), pixel)
@@ -180,13 +182,13 @@ def ct(file: str, slices: tuple[int, ...], corner: tuple[int, int], device: str,
     return Case(name, truth, truth.numpy() > 0.002, 0.0193e-3, solve)
 
 
-def mri(file: str, slices: tuple[int, ...], corner: tuple[int, int], device: str, only: int | None) -> Case | None:
+def mri(file: str, slices: tuple[int, ...], corner: tuple[int, int], device: Device, only: int | None) -> Case | None:
     """A square of a few slices as an object of its own, every fourth column."""
     if (path := _data(file)) is None:
         return None
     volume, grid = read_nifti(path)
     magnitude = _square(volume.float(), slices[:only], corner).contiguous()
-    shape = tuple(magnitude.shape)
+    shape = (len(magnitude), SIDE, SIDE)
     maps, mask = coil_maps(COILS, shape), equispaced(SIDE, ACCELERATION, 0.08, seed=1)
     top = float(np.percentile(magnitude.numpy(), 99.9))
     noise = GaussianNoise(NOISE * top)
@@ -203,7 +205,7 @@ def mri(file: str, slices: tuple[int, ...], corner: tuple[int, int], device: str
     return Case(name, magnitude, head_mask(magnitude.numpy().astype(np.float64)), top / 1000, solve)
 
 
-def pet(subject: Any, device: str) -> Case:
+def pet(subject: Any, device: Device) -> Case:
     """A subject of the PET quality bench at its middle count level."""
     counts = subject.counts[1]
     scan = scanned(subject, counts)
