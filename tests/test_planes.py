@@ -518,6 +518,19 @@ def test_every_prior_counts_in_the_fingerprint_and_is_checked():
         _with(PerPlane({"axial": Named(0.5), "coronal": other}), **IN_TURN).check()
 
 
+def test_shared_noise_is_for_axial_slices_alone():
+    def told(prior, noise, **section):
+        scan = CTScan(y=survivors.sinogram(), geometry=survivors.SCAN, grid=survivors.GRID)
+        recipe = Recipe.model_validate({"planes": section, "noise": {"kind": noise}})
+        return Problem(scan=scan, recipe=recipe, prior=prior).check()
+
+    assert told(Alike(), "iscs") == told(Alike(3), "independent", kind="averaged") == []
+    assert any(
+        "in slices across others the prior expects white" in line for line in told(Alike(), "iscs", kind="averaged")
+    )
+    assert any("in groups of slices the prior expects white noise" in line for line in told(Alike(3), "iscs_mm"))
+
+
 def test_priors_by_plane_are_of_one_kind():
     with pytest.raises(ValueError, match="name priors of axial, coronal or sagittal slices"):
         PerPlane({"oblique": Alike()})

@@ -71,6 +71,7 @@ class Problem:
                 if not self.accept_mismatch:
                     raise ValueError(f"{sentence}; or set accept_mismatch")
                 sentences.append(sentence)
+        sentences += filter(None, [self._check_noise()])
         return sentences
 
     @property
@@ -130,6 +131,17 @@ class Problem:
         if self.recipe.resolved().planes.kind == "averaged":
             prior_of(self.prior, [View(0, axis=axis) for axis in PLANES.values()])
         return [(self.prior.of(PLANES[plane]), (plane,)) for plane in seen]
+
+    def _check_noise(self) -> str | None:
+        recipe = self.recipe.resolved()
+        groups = getattr(getattr(self.prior, "card", None), "slices", 1) > 1
+        if recipe.noise.kind == "independent" or (recipe.planes.kind == "axial" and not groups):
+            return None
+        shown = "groups of slices" if recipe.planes.kind == "axial" else "slices across others"
+        return (
+            f"recipe {recipe.name}: noise.kind {recipe.noise.kind} ties the noise of neighbouring axial slices, and in "
+            f"{shown} the prior expects white noise; set noise.kind to independent"
+        )
 
     def _check_sigma(self, card: ModelCard) -> str | None:
         from recon3d.engine.assemble import levels
