@@ -147,7 +147,7 @@ def methods(task: Task, m: Measured, levels: int, dip_iterations: int) -> list[t
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             out = enhance(
-                m.y, m.coarse, d.kind, recipe(name), unit="hu" if task.modality == "ct" else "au",  # type: ignore[arg-type]
+                m.y, m.coarse, d.kind, recipe(name), unit="hu" if task.modality == "ct" else "au",
                 noise=m.sigma, factor=d.factor, blur_mm=d.blur_mm, seed=5, device="cpu", accept_mismatch=True,
             ).volume  # fmt: skip
         return mu_to_hu(out) if task.modality == "ct" else out
