@@ -98,7 +98,7 @@ def test_crops_are_told_where_they_lie(patches):
 
 def test_a_patch_prior_is_trained_and_loaded(patches):
     prior = load_prior(train(config(patches, steps=2, samples=2, sample_levels=3)).prior)
-    assert prior.card.positions and prior.card.channels == 1
+    assert prior.card.positions and prior.card.patch == 16 and prior.card.channels == 1
     u = torch.zeros(1, 1, 20, 30)
     assert prior.denoise(u, 0.5).shape == u.shape
     with pytest.raises(ValueError, match=r"in_channels must be 3 \(2 for positions\) and out_channels 1"):

@@ -5,7 +5,7 @@ want fixed shapes, which the engine's batches have. Choices that would change ho
 the next are switched off, so a resumed run goes on with the same bits.
 
 On a CPU it does not pay: for the packaged CT prior and one thread the compiler takes one to three minutes and its code
-has 0.88 times the speed of the network as it is, 1.11 times with weights frozen (`python -m bench network`).
+has 0.88 times the speed of the network as it is.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ def model_card(
         channels=config.network.out_channels,
         slices=data.slices,
         positions=data.positions,
+        # shown as it was trained: at places of a larger slice, in patches
+        patch=max(crop.size for crop in config.crops) if data.positions else None,
         cond_channels=config.cond_channels,
         condition=None if data.condition is None else condition_card(data.condition),
         value_range=(card.offset + card.scale * low, card.offset + card.scale * high) if unit is None else None,
