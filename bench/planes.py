@@ -43,6 +43,7 @@ from recon3d.priors.per_plane import PerPlane
 from recon3d.recipes import Recipe, load_recipe
 from recon3d.testing.phantoms import coil_maps, smooth_phase
 
+SLICES = 16  # from the middle; a whole volume takes three times as long
 PLANES = ("axial", "coronal", "sagittal", "planes_mean")
 ALONE = {"noise.kind": "independent"}
 SHARED = {"noise.kind": "iscs_mm"}  # of the default recipes, with their distance
@@ -109,7 +110,7 @@ def run(quick: bool, device: str) -> list[Row]:
 
 def ct(quick: bool, device: str, views: int = 20) -> Case:
     """The left-out chest from few views with photon noise."""
-    job = demo.chest(views=views, slices=6 if quick else None)
+    job = demo.chest(views=views, slices=6 if quick else SLICES)
 
     def reconstructed(recipe: Recipe, prior: Prior) -> Result:
         return reconstruct(
@@ -125,8 +126,9 @@ def mri(quick: bool, device: str, acceleration: int = 4) -> Case | None:
     if (path := _data(HEAD)) is None:
         return None
     head, grid = left_out_head(path, (44, 224, 192))
-    if quick:
-        head, grid = head[19:25, 48:176, 32:160].contiguous(), VolumeGrid((6, 128, 128), grid.spacing_mm)
+    head = (head[19:25, 48:176, 32:160] if quick else head[14 : 14 + SLICES]).contiguous()
+    nz, ny, nx = head.shape
+    grid = VolumeGrid((nz, ny, nx), grid.spacing_mm)
     shape = grid.shape
     operator = CartesianMRI(equispaced(shape[2], acceleration, 0.08, seed=1), coil_maps(COILS, shape))
     noise = GaussianNoise(NOISE * float(np.percentile(head.numpy(), 99.9)))
