@@ -154,18 +154,10 @@ def reconstruct(
         seed=seed,
         accept_mismatch=accept_mismatch,
     )
-    meaning = {
-        "recipe": problem.recipe.model_dump(mode="json"),
-        "noise": repr(noise),
-        "seed": seed,
-        "projector": projector,
-    }
-    compute = ComputeConfig(batch_size=batch_size, workers=workers)
-    run = None if folder is None else RunFolder(folder)
-    text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
-        samples,
+        problem, ComputeConfig(batch_size=batch_size, workers=workers), schedule or Schedule(),
+        *_kept_in(folder, problem, noise=repr(noise), projector=projector),
+        listeners, stop, force, output or OutputConfig(), samples,
     )  # fmt: skip
 
 
@@ -230,16 +222,13 @@ def reconstruct_mri(
         seed=seed,
         accept_mismatch=accept_mismatch,
     )
-    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "noise": repr(scan.noise), "seed": seed}
-    compute = ComputeConfig(batch_size=batch_size, workers=workers)
-    run = None if folder is None else RunFolder(folder)
-    text = yaml.safe_dump(meaning, sort_keys=False)
     for listener in listeners:
         for sentence in told:
             listener({"event": "warning", "time_s": round(time.time(), 3), "message": sentence})
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
-        samples,
+        problem, ComputeConfig(batch_size=batch_size, workers=workers), schedule or Schedule(),
+        *_kept_in(folder, problem, noise=repr(scan.noise)),
+        listeners, stop, force, output or OutputConfig(), samples,
     )  # fmt: skip
 
 
@@ -319,13 +308,10 @@ def reconstruct_pet(
         seed=seed,
         accept_mismatch=accept_mismatch,
     )
-    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "seed": seed}
-    compute = ComputeConfig(batch_size=batch_size, workers=workers)
-    run = None if folder is None else RunFolder(folder)
-    text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
-        samples,
+        problem, ComputeConfig(batch_size=batch_size, workers=workers), schedule or Schedule(),
+        *_kept_in(folder, problem),
+        listeners, stop, force, output or OutputConfig(), samples,
     )  # fmt: skip
 
 
@@ -395,13 +381,10 @@ def enhance(
         seed=seed,
         accept_mismatch=accept_mismatch,
     )
-    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "noise": repr(scan.noise), "seed": seed}
-    compute = ComputeConfig(batch_size=batch_size, workers=workers)
-    run = None if folder is None else RunFolder(folder)
-    text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
-        samples,
+        problem, ComputeConfig(batch_size=batch_size, workers=workers), schedule or Schedule(),
+        *_kept_in(folder, problem, noise=repr(scan.noise)),
+        listeners, stop, force, output or OutputConfig(), samples,
     )  # fmt: skip
 
 
@@ -453,13 +436,10 @@ def convert_modality(
         seed=seed,
         accept_mismatch=accept_mismatch,
     )
-    meaning = {"recipe": problem.recipe.model_dump(mode="json"), "seed": seed}
-    compute = ComputeConfig(batch_size=batch_size, workers=workers)
-    run = None if folder is None else RunFolder(folder)
-    text = yaml.safe_dump(meaning, sort_keys=False)
     return _execute(
-        problem, compute, schedule or Schedule(), run, meaning, text, listeners, stop, force, output or OutputConfig(),
-        samples,
+        problem, ComputeConfig(batch_size=batch_size, workers=workers), schedule or Schedule(),
+        *_kept_in(folder, problem),
+        listeners, stop, force, output or OutputConfig(), samples,
     )  # fmt: skip
 
 
@@ -553,6 +533,12 @@ def _prior(prior: str | Path | Prior, device: torch.device) -> Prior:
     from recon3d.priors import load_prior
 
     return load_prior(prior, device)
+
+
+def _kept_in(folder: str | Path | None, problem: Problem, **more: str) -> tuple[RunFolder | None, dict[str, Any], str]:
+    """Where a run from arrays is kept, what decides its result, and that as the folder's config."""
+    meaning = {"recipe": problem.recipe.model_dump(mode="json"), **more, "seed": problem.seed}
+    return None if folder is None else RunFolder(folder), meaning, yaml.safe_dump(meaning, sort_keys=False)
 
 
 def _execute(

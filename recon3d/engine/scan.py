@@ -219,9 +219,9 @@ def defaults_of(config: JobConfig) -> tuple[str, str]:
     modality = modality_of(config.input.path)
     if modality != "image":
         return DEFAULTS[modality]
-    from recon3d.engine.scan_image import defaults
+    from recon3d.engine import scan_convert, scan_image
 
-    return defaults(config)
+    return (scan_convert if config.input.operator == "none" else scan_image).defaults(config)
 
 
 def load_scan(config: JobConfig, events: Events) -> Scan:

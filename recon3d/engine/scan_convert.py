@@ -26,7 +26,7 @@ from recon3d.priors.base import ModelCard, condition_volume
 if TYPE_CHECKING:
     from recon3d.engine.events import Events
 
-__all__ = ["ConversionScan", "load", "prepare"]
+__all__ = ["ConversionScan", "defaults", "load", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,17 @@ def prepare(
     if not 0 <= first < end <= len(x):
         raise ValueError(f"slices: {first} to {end} asked for, the image has {len(x)}")
     return scan.slab(first, end)
+
+
+def defaults(config: JobConfig) -> tuple[str, str]:
+    """Recipe and prior of a conversion that names no recipe.
+
+    Raises:
+        ConfigError: no prior is named.
+    """
+    if config.prior is None:
+        raise ConfigError("input.operator none: the prior alone decides; name a conditional prior")
+    return "sample", config.prior
 
 
 def load(config: JobConfig, device: torch.device, events: Events) -> ConversionScan:

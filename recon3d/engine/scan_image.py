@@ -310,10 +310,6 @@ def defaults(config: JobConfig) -> tuple[str, str]:
         BadInput: the image cannot be read.
         ConfigError: neither the file nor the job states the image's unit.
     """
-    if config.input.operator == "none":
-        if config.prior is None:
-            raise ConfigError("input.operator none: the prior alone decides; name a conditional prior")
-        return "sample", config.prior
     recipe = "ddnm" if config.noise.kind == "none" else "image"
     return recipe, config.prior or ("mr" if _stated(config, Path(config.input.path)) == "au" else "ct")
 

@@ -4,8 +4,7 @@ The compiler joins norms, activations and sums into few kernels; the graph start
 want fixed shapes, which the engine's batches have. Choices that would change how a sum is rounded from one process to
 the next are switched off, so a resumed run goes on with the same bits.
 
-On a CPU it does not pay: for the packaged CT prior and one thread the compiler takes one to three minutes and its code
-has 0.88 times the speed of the network as it is.
+On a CPU it did not pay: the compiler takes minutes, and its code was no faster than the network as it is.
 """
 
 from __future__ import annotations
