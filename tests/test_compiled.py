@@ -196,14 +196,15 @@ def psnr(job, device, precision, compile):
 
 
 @pytest.mark.slow
-def test_a_bfloat16_reconstruction_is_that_of_float32_to_a_twentieth_of_a_decibel():
+def test_a_half_precision_reconstruction_is_that_of_float32_to_a_twentieth_of_a_decibel():
     job = demo.chest(slices=1)
-    assert abs(psnr(job, "cpu", "bfloat16", "off") - psnr(job, "cpu", "float32", "off")) < 0.05
+    want = psnr(job, "cpu", "float32", "off")
+    assert all(abs(psnr(job, "cpu", half, "off") - want) < 0.05 for half in ("bfloat16", "float16"))
 
 
 @pytest.mark.gpu
-def test_a_compiled_bfloat16_reconstruction_is_that_of_float32_to_a_twentieth_of_a_decibel():
+def test_a_compiled_or_half_precision_reconstruction_is_that_of_float32_to_a_twentieth_of_a_decibel():
     job = demo.chest(slices=8)
     want = psnr(job, "cuda", "float32", "off")
-    for precision, compile in (("bfloat16", "off"), ("float32", "on"), ("bfloat16", "on")):
+    for precision, compile in (("bfloat16", "off"), ("float16", "off"), ("float32", "on"), ("bfloat16", "on")):
         assert abs(psnr(job, "cuda", precision, compile) - want) < 0.05, (precision, compile)

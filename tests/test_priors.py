@@ -289,7 +289,7 @@ def test_empty_batch_and_no_aliasing():
     assert torch.equal(u, kept)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_batch_never_changes_a_slice(precision, one_thread):
     prior = NetworkPrior(_net(), _card(), precision=precision)
     u = _state(5, 1, 40, 33)
@@ -396,6 +396,7 @@ def test_a_condition_is_divided_by_the_percentile_of_its_volume():
 def test_precision_choice():
     cpu = torch.device("cpu")
     assert compute_dtype(cpu, "float32") is torch.float32 and compute_dtype(cpu, "bfloat16") is torch.bfloat16
+    assert compute_dtype(cpu, "float16") is torch.float16
     assert compute_dtype(torch.device("meta")) is torch.float32
     with pytest.raises(ValueError, match="precision"):
         compute_dtype(cpu, "half")

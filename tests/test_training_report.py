@@ -114,7 +114,7 @@ def test_tensorboard_gets_scalars(tmp_path, monkeypatch):
     assert [s for n, s in wrote if n == "train/loss"] == [2, 4]
     assert ("validation/psnr_db_sigma_0.1", 4) in wrote and ("flush", 0) in wrote
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ImportError, match="pip install tensorboard"):
+    with pytest.raises(ImportError, match=r"pip install recon3d\[tensorboard\]"):
         TensorBoard(tmp_path)
 
 

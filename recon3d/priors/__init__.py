@@ -21,7 +21,7 @@ __all__ = [
 def load_prior(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     tile: int | None = None,
     compile: Literal["auto", "on", "off"] = "auto",
 ) -> NetworkPrior | TiledPrior:
@@ -30,7 +30,8 @@ def load_prior(
     Args:
         name_or_path: a packaged prior ("ct") or a folder with card.json and model.safetensors.
         device: where it runs.
-        precision: "auto" is bfloat16 where the device computes with it natively, else float32.
+        precision: "auto" is bfloat16 where the device computes with it natively, else float32; "float16" rounds eight
+            times finer than bfloat16 and overflows beyond 65504, which activations of foreign networks may.
         tile: largest side of what a prior of whole slices is shown at once, in pixels; None shows it whole slices. A
             prior of patches (`card.patch`) is always shown patches of that size.
         compile: let torch compile the network, and on a GPU replay it as a CUDA graph; "auto" does so on a GPU.

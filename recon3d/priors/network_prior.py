@@ -23,7 +23,8 @@ from recon3d.priors.positions import positions
 
 __all__ = ["NetworkPrior", "check_sigma", "compute_dtype"]
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # rows and columns of the slice, and row and column of the first pixel in it
 _Place = tuple[tuple[int, int], tuple[int, int]]
 
@@ -34,10 +35,10 @@ class NetworkPrior:
     Args:
         net: the raw network; it is frozen and put into evaluation mode. card: offset, scale, prediction and
         the rest. device: where it runs. precision: "auto" is bfloat16 where the device computes with it
-        natively, else float32. differentiable: record gradients with respect to u (needed by
-        gradient-through-the-prior methods only); the network then runs as it is. compile: let torch compile the
-        network, and on a GPU replay it as a CUDA graph; "auto" does so on a GPU. The first call of a shape takes up to
-        minutes then.
+        natively, else float32; for "float16" see `load_prior`. differentiable: record gradients with respect to u
+        (needed by gradient-through-the-prior methods only); the network then runs as it is. compile: let torch compile
+        the network, and on a GPU replay it as a CUDA graph; "auto" does so on a GPU. The first call of a shape takes up
+        to minutes then.
     """
 
     def __init__(
@@ -160,12 +161,10 @@ class NetworkPrior:
 
 def compute_dtype(device: torch.device, precision: Precision = "auto") -> torch.dtype:
     """The number format of the convolutions on a device."""
-    if precision == "float32":
-        return torch.float32
-    if precision == "bfloat16":
-        return torch.bfloat16
+    if precision in _FORMATS:
+        return _FORMATS[precision]
     if precision != "auto":
-        raise ValueError(f"precision must be auto, float32 or bfloat16, got {precision!r}")
+        raise ValueError(f"precision must be auto, {', '.join(_FORMATS)}, got {precision!r}")
     if device.type == "cuda":
         # emulated below compute capability 8.0
         fast = torch.cuda.get_device_capability(device)[0] >= 8

@@ -24,7 +24,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise ImportError("TensorBoard needs the package tensorboard: pip install tensorboard") from None
+            raise ImportError("TensorBoard needs the package tensorboard: pip install recon3d[tensorboard]") from None
         self.every = every
         self._writer = SummaryWriter(str(folder))
 
