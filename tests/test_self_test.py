@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from test_weights import CONFIGS, random_state
 
 from recon3d import cli
-from recon3d.priors import ModelCard
+from recon3d.priors import ConditionCard, ModelCard
 from recon3d.priors.network_prior import NetworkPrior
 from recon3d.priors.paths import VP, VPContinuous
-from recon3d.priors.self_test import self_test
+from recon3d.priors.self_test import known_slices, self_test
 
 
 class ExactNetwork:
@@ -188,3 +190,62 @@ def test_the_packaged_ct_prior_is_sound(tmp_path, capsys):
     chest = resources.files("recon3d") / "data" / "ct_chest_pyrad_lung1.nii.gz"
     assert cli.run(["weights", "test", "ct", str(chest), "--slices", "1"]) == 0
     assert "ct: sound" in capsys.readouterr().out
+
+
+def test_slices_are_shown_as_the_prior_was_trained(tmp_path):
+    volume = torch.rand(9, 12, 10, generator=torch.Generator().manual_seed(3)) * 700
+    shown, index = known_slices(ModelCard(name="x"), volume, 4)
+    assert torch.equal(shown, volume[index][:, None]) and index.tolist() == [2, 3, 5, 6]
+    # groups stay neighbours; real parts of all of them, then imaginary parts; a unit of the volume's own
+    own = {"one network unit": "percentile 99.9 of a volume"}
+    card = ModelCard(name="x", channels=6, slices=3, training=own)
+    shown, index = known_slices(card, volume, 2)
+    top = float(np.percentile(volume.numpy(), 99.9))
+    assert shown.shape == (2, 6, 12, 10)
+    for group, i in zip(shown, index, strict=True):
+        torch.testing.assert_close(torch.hypot(group[:3], group[3:]) * top, volume[i : i + 3])
+    assert shown[:, 3:].abs().max() > 0.1  # there is a phase
+    # a volume in another unit is shown the same
+    torch.testing.assert_close(known_slices(card, 50 * volume, 2)[0], shown)
+    bright = ModelCard(
+        name="x", training={"one network unit": "mean of the voxels above 0.5 of the maximum of a volume"}
+    )
+    above = volume[volume > 0.5 * volume.max()].mean()
+    torch.testing.assert_close(known_slices(bright, volume, 1)[0][0, 0] * above, volume[4])
+
+
+def test_what_no_volume_can_show_is_refused():
+    volume = torch.rand(4, 8, 8, generator=torch.Generator().manual_seed(4))
+    with pytest.raises(ValueError, match="5 slices at once"):
+        known_slices(ModelCard(name="x", channels=5, slices=5), volume, 1)
+    with pytest.raises(ValueError, match="3 channels for 1 slice"):
+        known_slices(ModelCard(name="x", channels=3), volume, 1)
+    own = ModelCard(name="x", training={"one network unit": "percentile 99 of a volume"})
+    with pytest.raises(ValueError, match="volume with signal"):
+        known_slices(own, -volume, 1)
+
+
+def test_priors_of_complex_slices_and_with_a_condition_are_tested_too(tmp_path, capsys):
+    head = tmp_path / "head.nii.gz"
+    # edges, which a filter blurs and a prior of heads does not
+    row, col = torch.linspace(-1, 1, 96)[:, None], torch.linspace(-1, 1, 96)
+    parts = ((0.9, 0.7, 0.0, 60.0), (0.75, 0.6, 0.0, 140.0), (0.3, 0.1, 0.2, -120.0), (0.3, 0.1, -0.2, -120.0))
+    x = sum(level * (((row / a) ** 2 + ((col - c) / b) ** 2) < 1) for a, b, c, level in parts).expand(4, 96, 96)
+    nib.save(nib.Nifti1Image(x.permute(2, 1, 0).numpy(), np.diag([-1.0, -1.0, 1.0, 1.0])), head)
+    assert cli.run(["weights", "test", "mr", str(head), "--slices", "1"]) == 0
+    assert "mr: sound" in capsys.readouterr().out
+    assert cli.run(["weights", "test", "mr", str(head), "--condition", str(head)]) == 2
+    assert "is shown 0 image(s)" in capsys.readouterr().err
+
+    class Guided:
+        """Knows the answer from its condition, and nothing without."""
+
+        card = ModelCard(name="guided", cond_channels=1, condition=ConditionCard())
+        offset, scale = 0.0, 1.0
+
+        def denoise(self, u, sigma, cond=None):
+            return torch.zeros_like(u) if cond is None else cond / 2
+
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(5))
+    assert self_test(Guided(), images, cond=2 * images).sound
+    assert not self_test(Guided(), images).sound

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+    from recon3d.priors import ModelCard
 
 app = typer.Typer(name="weights", help="Published checkpoints: inspect, convert, test.", no_args_is_help=True)
 
@@ -136,30 +139,40 @@ def export_script(kind: Annotated[str, typer.Argument(help="edm: Python objects 
 def test(
     prior: Annotated[str, typer.Argument(help="Packaged prior or a folder.")],
     volume: Annotated[
-        Path, typer.Argument(help="NIfTI volume of what it was trained on: HU for CT, else in the prior's unit.")
+        Path,
+        typer.Argument(
+            help="NIfTI volume of what it was trained on: HU for CT, else in the prior's unit; any unit where training "
+            "divided every volume by a level of its own. Complex priors see its magnitudes under a made-up phase."
+        ),
     ],
     slices: Annotated[int, typer.Option(help="Slices to look at, evenly spread.", min=1)] = 4,
+    condition: Annotated[
+        Path | None, typer.Option(help="Conditional prior: NIfTI volume of the image beside, voxel on voxel.")
+    ] = None,
     mu_water_per_mm: Annotated[float, typer.Option(help="CT: attenuation of water.")] = 0.0193,
 ) -> None:
     """Denoise known noise and compare with what a filter leaves; a wrong schedule, range or prediction is named."""
     from recon3d.config import ConfigError
+    from recon3d.io import read_nifti
     from recon3d.priors import find_prior
     from recon3d.priors.checkpoints import build_network, read_folder
     from recon3d.priors.network_prior import NetworkPrior
-    from recon3d.priors.self_test import self_test
+    from recon3d.priors.self_test import known_slices, self_test
 
     folder = find_prior(prior)
     card, state = read_folder(folder)
-    if card.channels != 1:
-        raise ConfigError(f"weights test: prior {card.name!r} has {card.channels} channels; it takes priors of one")
-    if card.cond_channels:
-        raise ConfigError(f"weights test: prior {card.name!r} is shown another image, which this test has not")
-    images = _slices(volume, slices, card.unit, mu_water_per_mm)
-    found = self_test(
-        NetworkPrior(build_network(card, state, folder), card),
-        images,
-        remake=lambda other: NetworkPrior(build_network(other, state, folder), other),
-    )
+    x, _ = read_nifti(volume, "hu" if card.unit == "1/mm" else "au", mu_water_per_mm)
+    try:
+        images, index = known_slices(card, x, slices)
+        beside = _beside(card, condition, x.shape)
+        found = self_test(
+            NetworkPrior(build_network(card, state, folder), card),
+            images,
+            cond=None if beside is None else beside[index, None],
+            remake=lambda other: NetworkPrior(build_network(other, state, folder), other),
+        )
+    except ValueError as error:
+        raise ConfigError(f"weights test: {error}") from None
     typer.echo(f"{'noise':>10} {'left':>10} {'a filter leaves':>16}   ({card.unit})")
     for level in found.levels:
         typer.echo(f"{level.sigma:10.4g} {level.error:10.4g} {level.expected:16.4g}")
@@ -168,14 +181,21 @@ def test(
         raise typer.Exit(5)
 
 
-def _slices(volume: Path, count: int, unit: str, mu_water_per_mm: float) -> Tensor:
-    import torch
-
+def _beside(card: ModelCard, condition: Path | None, shape: torch.Size) -> Tensor | None:
+    """The image that a conditional prior is shown, as it wants it."""
     from recon3d.io import read_nifti
+    from recon3d.priors import condition_volume
 
-    x, _ = read_nifti(volume, "hu" if unit == "1/mm" else "au", mu_water_per_mm)
-    index = torch.linspace(0, len(x) - 1, min(count, len(x)) + 2).round().long()[1:-1].unique()
-    return x[index][:, None].float().contiguous()
+    if condition is None and not card.cond_channels:
+        return None
+    if condition is None or card.cond_channels != 1:
+        raise ValueError(
+            f"prior {card.name!r} is shown {card.cond_channels} image(s) beside the slices; --condition gives one"
+        )
+    image, _ = read_nifti(condition, "au")
+    if image.shape != shape:
+        raise ValueError(f"--condition must have the voxels of the volume {tuple(shape)}, got {tuple(image.shape)}")
+    return condition_volume(card, image.float())
 
 
 def _path(

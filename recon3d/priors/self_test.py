@@ -9,6 +9,7 @@ usual mistakes are tried in turn, and the one that repairs it is named.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,15 @@ import torch
 from torch import Tensor
 
 from recon3d.priors.base import ModelCard, Prior
+from recon3d.priors.training.augment import random_phase
+from recon3d.priors.training.config import PhaseConfig
 
-__all__ = ["LevelResult", "SelfTest", "self_test"]
+__all__ = ["LevelResult", "SelfTest", "known_slices", "self_test"]
 
 # of the Wiener filter's error: a network that was trained stays below, a wrong convention is far above
 _LIMIT = 1.25
+# slices, images beside them, seed of the noise
+_Given = tuple[Tensor, Tensor | None, int]
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,76 @@ class SelfTest:
     verdict: str
 
 
+def known_slices(card: ModelCard, volume: Tensor, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Slices of a volume, evenly spread, as a prior is shown them.
+
+    Where every training volume had its own unit, the volume is divided by what its training would have divided it by.
+    A prior of groups gets each slice with those that follow it; one of complex slices gets them under a smooth phase of
+    the kind that training makes up.
+
+    Args:
+        card: of the prior.
+        volume: [z, y, x] real, in the card's unit or, where that is a volume's own, in any.
+        count: slices or groups, fewer where the volume has not so many.
+        seed: of the phases.
+
+    Returns:
+        The slices [n, channel, row, col] float32 in user units, and the indices [n] of the first of each group.
+
+    Raises:
+        ValueError: the volume has fewer slices than a group, no values above 0 to take its unit from, or the prior
+            has channels that are neither slices nor their real and imaginary parts.
+    """
+    groups = len(volume) - card.slices + 1
+    if groups < 1:
+        raise ValueError(f"prior {card.name!r} sees {card.slices} slices at once, the volume has {len(volume)}")
+    if card.channels not in (card.slices, 2 * card.slices):
+        raise ValueError(
+            f"prior {card.name!r} has {card.channels} channels for {card.slices} slice(s); a volume shows a prior of "
+            "real or complex slices only"
+        )
+    x = volume.float()
+    if (unit := _own_unit(card, x)) is not None:
+        x = card.offset + card.scale * x / unit
+    index = torch.linspace(0, groups - 1, min(count, groups) + 2).round().long()[1:-1].unique()
+    shown = torch.stack([x[i : i + card.slices] for i in index])
+    if card.channels > card.slices:
+        rng = np.random.Generator(np.random.Philox(key=[seed, 1 << 32]))
+        turns = torch.stack([random_phase(rng, group, PhaseConfig()) for group in shown])
+        shown = torch.cat([shown * turns.cos(), shown * turns.sin()], dim=1)
+    return shown.contiguous(), index
+
+
+def _own_unit(card: ModelCard, x: Tensor) -> float | None:
+    """What training divides this volume by, after its card's words; None where values go in as they are."""
+    said = str(card.training.get("one network unit", ""))
+    top = float(x.max())
+    if found := re.fullmatch(r"percentile ([0-9.]+) of a volume", said):
+        unit = float(np.percentile(x.numpy(), float(found[1])))
+    elif found := re.fullmatch(r"mean of the voxels above ([0-9.]+) of the maximum of a volume", said):
+        unit = float(x[x > float(found[1]) * top].double().mean()) if top > 0 else 0.0
+    else:
+        return None
+    if not (math.isfinite(unit) and unit > 0):
+        raise ValueError(f"prior {card.name!r}: one unit is the {said}, here {unit:g}; give a volume with signal")
+    return unit
+
+
 def self_test(
-    prior: Prior, slices: Tensor, *, remake: Callable[[ModelCard], Prior] | None = None, levels: int = 6, seed: int = 0
+    prior: Prior,
+    slices: Tensor,
+    *,
+    cond: Tensor | None = None,
+    remake: Callable[[ModelCard], Prior] | None = None,
+    levels: int = 6,
+    seed: int = 0,
 ) -> SelfTest:
     """Denoise known noise at levels over the range that the prior was trained on.
 
     Args:
         prior: the denoiser.
         slices: clean images that it should know, [n, channel, row, col] in user units.
+        cond: of a conditional prior the images beside them, [n, channel, row, col]; the filter does not see them.
         remake: makes the prior anew with another card; with it a failure is followed up and its cause named.
         levels: noise levels, spread evenly in the logarithm.
         seed: of the noise.
@@ -74,14 +141,15 @@ def self_test(
     if not spread > 0:
         raise ValueError("self_test: the slices are constant; give images of what the prior was trained on")
     sigmas = _sigmas(prior.card, spread, levels)
-    results = _measure(prior, slices, sigmas, seed)
+    given = (slices, cond, seed)
+    results = _measure(prior, sigmas, given)
     sound = _worst(results) <= _LIMIT
     if sound:
         return SelfTest(results, True, f"sound: at most {_worst(results):.2f} times the Wiener filter's error")
     at = max(results, key=lambda r: r.error / r.expected)
     verdict = f"not sound: {at.error / at.expected:.1f} times the Wiener filter's error at noise {at.sigma:.3g}"
     if remake is not None:
-        best, name = min(_tried(prior.card, remake, slices, sigmas, seed), default=(math.inf, ""))
+        best, name = min(_tried(prior.card, remake, sigmas, given), default=(math.inf, ""))
         if best <= _LIMIT:
             verdict += f"; {name} repairs it ({best:.2f} times)"
         else:
@@ -90,7 +158,7 @@ def self_test(
 
 
 def _tried(
-    card: ModelCard, remake: Callable[[ModelCard], Prior], slices: Tensor, sigmas: list[float], seed: int
+    card: ModelCard, remake: Callable[[ModelCard], Prior], sigmas: list[float], given: _Given
 ) -> list[tuple[float, str]]:
     """How far each suspect is from the filter at its worst; a handful of levels rules most of them out."""
     tried = []
@@ -99,8 +167,8 @@ def _tried(
         try:
             prior = remake(other)
             # in its own units a level may lie outside another schedule
-            worst = _worst(_measure(prior, slices, few, seed))
-            tried.append((worst if worst > _LIMIT else _worst(_measure(prior, slices, sigmas, seed)), name))
+            worst = _worst(_measure(prior, few, given))
+            tried.append((worst if worst > _LIMIT else _worst(_measure(prior, sigmas, given)), name))
         except ValueError:
             continue
     return tried
@@ -114,13 +182,14 @@ def _sigmas(card: ModelCard, spread: float, levels: int) -> list[float]:
     return [float(s) for s in np.geomspace(low, high, levels)]
 
 
-def _measure(prior: Prior, x: Tensor, sigmas: list[float], seed: int) -> tuple[LevelResult, ...]:
+def _measure(prior: Prior, sigmas: list[float], given: _Given) -> tuple[LevelResult, ...]:
+    x, cond, seed = given
     power = torch.fft.fft2(x.double() - x.double().mean(), norm="ortho").abs().square().mean(0)
     results = []
     for k, sigma in enumerate(sigmas):
         rng = np.random.Generator(np.random.Philox(key=[seed, k]))
         noise = torch.from_numpy(rng.standard_normal(tuple(x.shape), dtype=np.float32)).to(x.device)
-        left = prior.denoise(x + sigma * noise, sigma).double() - x
+        left = prior.denoise(x + sigma * noise, sigma, cond).double() - x
         expected = float((power * sigma**2 / (power + sigma**2)).mean())
         results.append(LevelResult(sigma, float(left.square().mean().sqrt()), math.sqrt(expected)))
     return tuple(results)
