@@ -621,9 +621,9 @@ def test_the_bench_compares_recipes_that_exist_and_keeps_its_figures(tmp_path, m
     found = [bench.measured(case, method, True) for method in bench.methods("ct")]
     assert "triplets is left out, there is no prior ct_triplet" in capsys.readouterr().out
     kept = [row for row in found if row is not None]
-    assert [row["method"] for row in kept][:2] == ["axial", "axial, TV"] and len(kept) == 8
+    assert [row["method"] for row in kept][:2] == ["axial", "axial, TV"] and len(kept) == 9
     bench.record(case, kept, tmp_path)
     with (tmp_path / "planes.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 8 and rows[0]["axial_ssim"] == "0.9000" and rows[0]["along_z_ratio"] == "1.1000"
+    assert len(rows) == 9 and rows[0]["axial_ssim"] == "0.9000" and rows[0]["along_z_ratio"] == "1.1000"
     assert "| axial | 30.00 / 0.9000 |" in bench.table(case, kept)

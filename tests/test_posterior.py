@@ -99,6 +99,9 @@ def test_the_default_estimates_the_posterior_mean():
         "consistency__rho": 1.0,
         "consistency__iterations": 20,
         "noise__kind": "independent",
+        "regulariser__kind": "none",
+        "renoise__amount": 1.0,
+        "trajectory__polish": None,
         "trajectory__sigma_max": 2.0,  # a start so low as the recipe's own keeps a little of the start image
     }
     for levels in (10, 80):
