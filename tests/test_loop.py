@@ -398,6 +398,7 @@ def test_a_solved_slice_stays_while_its_neighbour_goes_on():
     assert (residual <= 1e-2).all() or used == 25
 
 
+PLAIN = {"regulariser__kind": "none", "trajectory__polish": None}  # what a flow goes with
 FLOWS = {"heun": {"renoise__kind": "heun"}, "rk45": {"renoise__kind": "rk45", "renoise__rtol": 0.1}}
 
 
@@ -405,7 +406,7 @@ FLOWS = {"heun": {"renoise__kind": "heun"}, "rk45": {"renoise__kind": "rk45", "r
 @pytest.mark.parametrize("kind", FLOWS)
 def test_a_flow_with_data_resumes_between_any_two_visits(name, kind):
     """The data term acts at every visit of a step, and a run goes on in the middle of one."""
-    small = {"trajectory__levels": 3, **FLOWS[kind]}
+    small = {"trajectory__levels": 3, **PLAIN, **FLOWS[kind]}
     whole = reconstruct(a_job(name, **small))
     job = a_job(name, **small)
     state = begin(job)
@@ -421,7 +422,7 @@ def test_a_flow_with_data_resumes_between_any_two_visits(name, kind):
 @pytest.mark.parametrize("recipe", ["ct", "dds"])
 def test_heun_and_adaptive_steps_end_where_many_euler_steps_do(recipe):
     """One flow, of the estimate that the data agree with, whichever rule follows it."""
-    solved = {"consistency__iterations": 10, "trajectory__sigma_max": 1.0, "trajectory__levels": 10}
+    solved = {**PLAIN, "consistency__iterations": 10, "trajectory__sigma_max": 1.0, "trajectory__levels": 10}
     euler = {"renoise__kind": "ddim", "renoise__eta": 0.0, "renoise__direction": "corrected"}
     dense = reconstruct(a_job(recipe, **{**solved, **euler, "trajectory__levels": 150}))
     coarse = reconstruct(a_job(recipe, **{**solved, **euler}))
