@@ -9,7 +9,6 @@ usual mistakes are tried in turn, and the one that repairs it is named.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from recon3d.priors.base import ModelCard, Prior
 from recon3d.priors.training.augment import random_phase
+from recon3d.priors.training.card import own_unit
 from recon3d.priors.training.config import PhaseConfig
 
 __all__ = ["LevelResult", "SelfTest", "known_slices", "self_test"]
@@ -89,7 +89,7 @@ def known_slices(card: ModelCard, volume: Tensor, count: int, seed: int = 0) -> 
             "real or complex slices only"
         )
     x = volume.float()
-    if (unit := _own_unit(card, x)) is not None:
+    if (unit := own_unit(card, x)) is not None:
         x = card.offset + card.scale * x / unit
     index = torch.linspace(0, groups - 1, min(count, groups) + 2).round().long()[1:-1].unique()
     shown = torch.stack([x[i : i + card.slices] for i in index])
@@ -98,21 +98,6 @@ def known_slices(card: ModelCard, volume: Tensor, count: int, seed: int = 0) -> 
         turns = torch.stack([random_phase(rng, group, PhaseConfig()) for group in shown])
         shown = torch.cat([shown * turns.cos(), shown * turns.sin()], dim=1)
     return shown.contiguous(), index
-
-
-def _own_unit(card: ModelCard, x: Tensor) -> float | None:
-    """What training divides this volume by, after its card's words; None where values go in as they are."""
-    said = str(card.training.get("one network unit", ""))
-    top = float(x.max())
-    if found := re.fullmatch(r"percentile ([0-9.]+) of a volume", said):
-        unit = float(np.percentile(x.numpy(), float(found[1])))
-    elif found := re.fullmatch(r"mean of the voxels above ([0-9.]+) of the maximum of a volume", said):
-        unit = float(x[x > float(found[1]) * top].double().mean()) if top > 0 else 0.0
-    else:
-        return None
-    if not (math.isfinite(unit) and unit > 0):
-        raise ValueError(f"prior {card.name!r}: one unit is the {said}, here {unit:g}; give a volume with signal")
-    return unit
 
 
 def self_test(

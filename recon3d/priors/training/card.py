@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 from recon3d.priors.base import ModelCard
 from recon3d.priors.training.config import DataConfig, TrainConfig
@@ -10,7 +15,7 @@ from recon3d.priors.training.objectives import path_range
 from recon3d.priors.training.pairs import condition_card
 from recon3d.priors.training.state import State
 
-__all__ = ["model_card"]
+__all__ = ["model_card", "own_unit"]
 
 
 def model_card(
@@ -79,3 +84,26 @@ def _unit(data: DataConfig) -> str | None:
     if data.mean_above is not None:
         return f"mean of the voxels above {data.mean_above:g} of the maximum of a volume"
     return None
+
+
+def own_unit(card: ModelCard, volume: Tensor) -> float | None:
+    """What training divides a volume by to have it in network units; None where the card gives its values' unit.
+
+    Args:
+        card: of a prior trained here.
+        volume: [z, y, x] real, in any unit.
+
+    Raises:
+        ValueError: the volume has no such level above 0.
+    """
+    said = str(card.training.get("one network unit", ""))
+    top = float(volume.max())
+    if found := re.fullmatch(r"percentile ([0-9.]+) of a volume", said):
+        unit = float(np.percentile(volume.numpy(), float(found[1])))
+    elif found := re.fullmatch(r"mean of the voxels above ([0-9.]+) of the maximum of a volume", said):
+        unit = float(volume[volume > float(found[1]) * top].double().mean()) if top > 0 else 0.0
+    else:
+        return None
+    if not (math.isfinite(unit) and unit > 0):
+        raise ValueError(f"prior {card.name!r}: one unit is the {said}, here {unit:g}; give a volume with signal")
+    return unit
