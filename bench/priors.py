@@ -1,8 +1,8 @@
 """Priors of one modality side by side on its left-out volume: what denoising leaves, and what the default recipe makes
 of few data with each of them.
 
-Besides the packaged ct and mr, every folder of $RECON3D_PRIORS whose prior sees the same slices (channels, single
-slices, no condition) takes part. Denoising counts six slices, PSNR with a peak of one network unit (1000 HU; the
+Besides the packaged ct and mr, every folder of $RECON3D_PRIORS whose prior sees the same slices (plane, channels,
+single slices, no condition) takes part. Denoising counts six slices, PSNR with a peak of one network unit (1000 HU; the
 99.9th percentile of the head) at noise levels in that unit; the EDM loss is the squared error over
 sigma^2 sigma_data^2 / (sigma^2 + sigma_data^2), the mean of the levels. Reconstruction is that of bench planes: 16
 slices from the middle, default recipe. Figures go to bench/results/priors.csv.
@@ -68,7 +68,8 @@ def _candidates(modality: str) -> Iterator[Path]:
     wanted, _ = read_folder(first)
     for path in sorted(Path(os.environ.get("RECON3D_PRIORS", "priors")).glob("*/card.json")):
         card, _ = read_folder(path.parent)
-        if all(getattr(card, key) == getattr(wanted, key) for key in ("channels", "slices", "cond_channels", "unit")):
+        alike = ("channels", "slices", "plane", "cond_channels", "unit")
+        if all(getattr(card, key) == getattr(wanted, key) for key in alike):
             yield path.parent
 
 

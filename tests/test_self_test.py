@@ -236,6 +236,9 @@ def test_priors_of_complex_slices_and_with_a_condition_are_tested_too(tmp_path, 
     assert "mr: sound" in capsys.readouterr().out
     assert cli.run(["weights", "test", "mr", str(head), "--condition", str(head)]) == 2
     assert "is shown 0 image(s)" in capsys.readouterr().err
+    # a file that cannot be read is told apart from a wrong choice, as everywhere
+    assert cli.run(["weights", "test", "ct", str(head), "--condition", str(tmp_path / "none.nii")]) == 3
+    assert "does not exist" in capsys.readouterr().err
 
     class Guided:
         """Knows the answer from its condition, and nothing without."""

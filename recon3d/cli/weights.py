@@ -162,9 +162,10 @@ def test(
     folder = find_prior(prior)
     card, state = read_folder(folder)
     x, _ = read_nifti(volume, "hu" if card.unit == "1/mm" else "au", mu_water_per_mm)
+    image = None if condition is None else read_nifti(condition, "au")[0]
     try:
         images, index = known_slices(card, x, slices)
-        beside = _beside(card, condition, x.shape)
+        beside = _beside(card, image, x.shape)
         found = self_test(
             NetworkPrior(build_network(card, state, folder), card),
             images,
@@ -181,18 +182,16 @@ def test(
         raise typer.Exit(5)
 
 
-def _beside(card: ModelCard, condition: Path | None, shape: torch.Size) -> Tensor | None:
+def _beside(card: ModelCard, image: Tensor | None, shape: torch.Size) -> Tensor | None:
     """The image that a conditional prior is shown, as it wants it."""
-    from recon3d.io import read_nifti
     from recon3d.priors import condition_volume
 
-    if condition is None and not card.cond_channels:
+    if image is None and not card.cond_channels:
         return None
-    if condition is None or card.cond_channels != 1:
+    if image is None or card.cond_channels != 1:
         raise ValueError(
             f"prior {card.name!r} is shown {card.cond_channels} image(s) beside the slices; --condition gives one"
         )
-    image, _ = read_nifti(condition, "au")
     if image.shape != shape:
         raise ValueError(f"--condition must have the voxels of the volume {tuple(shape)}, got {tuple(image.shape)}")
     return condition_volume(card, image.float())
